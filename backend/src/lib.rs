@@ -1,0 +1,1 @@
+//! cirro-backend, the vhost-user-blk daemon.

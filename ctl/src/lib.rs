@@ -1,0 +1,1 @@
+//! The control plane: JSON lines on a unix socket, and cirroctl.

@@ -1,0 +1,1 @@
+//! What touches payload to protect it: checksums and tags of frames.

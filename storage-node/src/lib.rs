@@ -1,0 +1,1 @@
+//! cirro-node, the storage daemon.
