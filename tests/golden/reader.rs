@@ -18,8 +18,6 @@ pub(crate) enum Value {
 /// One row of a layout table.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
-    /// Offset in the structure.
-    pub(crate) offset: usize,
     /// Bytes.
     pub(crate) size: usize,
     /// `u8` … `u64`, `be16`, `mac`, `uuid`, `text` or `zero`.
@@ -33,9 +31,7 @@ pub(crate) struct Row {
 pub(crate) struct Layout {
     /// Its name.
     pub(crate) name: String,
-    /// Its size.
-    pub(crate) bytes: usize,
-    /// Its fields in order.
+    /// Its fields in order; offsets and the size of the whole have been checked.
     pub(crate) rows: Vec<Row>,
 }
 
@@ -55,8 +51,6 @@ pub(crate) struct Field {
 pub(crate) struct Section {
     /// The layout's name, or what else it is.
     pub(crate) name: String,
-    /// Where it begins in the frame.
-    pub(crate) start: usize,
     /// Its fields.
     pub(crate) fields: Vec<Field>,
 }
@@ -71,6 +65,7 @@ impl Section {
     pub(crate) fn values(&self, layout: &Layout) -> Vec<(String, Value)> {
         let mut values = Vec::new();
         for (field, row) in self.fields.iter().zip(&layout.rows) {
+            assert_eq!((&field.name, field.bytes.len()), (&row.field, row.size), "[{}]", self.name);
             let read = decode(&row.kind, &field.bytes);
             let said = field.value.as_deref().map_or(Value::Number(0), |text| annotated(&row.kind, text));
             assert_eq!(read, said, "[{}] {}", self.name, field.name);
@@ -116,36 +111,33 @@ pub(crate) fn goldens() -> Vec<Golden> {
     paths.iter().map(|path| read_golden(path)).collect()
 }
 
-/// All layouts of the specification.
+/// All layouts of the specification; panics if one has a gap, an overlap or another size than it says.
 pub(crate) fn layouts() -> Vec<Layout> {
     let text = std::fs::read_to_string(root().join("docs/PROTOCOL.md")).unwrap();
-    let mut layouts: Vec<Layout> = Vec::new();
-    let mut inside = false;
-    for line in text.lines() {
+    let mut layouts = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        match words.as_slice() {
-            ["layout", name, bytes] => {
-                layouts.push(Layout {
-                    name: (*name).into(),
-                    bytes: bytes.parse().unwrap(),
-                    rows: Vec::new(),
-                });
-                inside = true;
-            }
-            ["```", ..] => inside = false,
-            [offset, size, kind, field, ..] if inside && *offset != "off" => {
-                let row = Row {
-                    offset: offset.parse().unwrap_or_else(|_| panic!("offset in {line:?}")),
-                    size: size.parse().unwrap_or_else(|_| panic!("size in {line:?}")),
-                    kind: (*kind).into(),
-                    field: (*field).into(),
-                };
-                layouts.last_mut().unwrap().rows.push(row);
-            }
-            _ => {}
-        }
+        let ["layout", name, bytes] = words.as_slice() else { continue };
+        let rows = lines.by_ref().skip(1).take_while(|line| *line != "```");
+        let mut layout = Layout { name: (*name).into(), rows: Vec::new() };
+        let end = rows.fold(0, |at, line| {
+            let (offset, row) = read_row(line).unwrap_or_else(|| panic!("layout {name}: {line:?}"));
+            assert_eq!(offset, at, "layout {name}: {line:?}");
+            let next = at + row.size;
+            layout.rows.push(row);
+            next
+        });
+        assert_eq!(bytes.parse(), Ok(end), "layout {name}");
+        layouts.push(layout);
     }
     layouts
+}
+
+fn read_row(line: &str) -> Option<(usize, Row)> {
+    let mut words = line.split_whitespace();
+    let (offset, size) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    Some((offset, Row { size, kind: words.next()?.into(), field: words.next()?.into() }))
 }
 
 /// What `bytes` mean as a field of type `kind`.
@@ -189,17 +181,15 @@ fn read_golden(path: &Path) -> Golden {
     let text = std::fs::read_to_string(path).unwrap();
     let name = path.file_stem().unwrap().to_string_lossy().into_owned();
     let mut golden = Golden { name, nonces: (0, 0), sections: Vec::new() };
-    let mut at = 0;
     for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         if let Some(nonces) = line.strip_prefix("nonces ") {
             let (sender, receiver) = nonces.split_once(' ').unwrap();
             golden.nonces = (sender.parse().unwrap(), receiver.parse().unwrap());
         } else if let Some(section) = line.strip_prefix('[') {
             let name = section.trim_end_matches(']').into();
-            golden.sections.push(Section { name, start: at, fields: Vec::new() });
+            golden.sections.push(Section { name, fields: Vec::new() });
         } else {
             let field = read_field(line);
-            at += field.bytes.len();
             golden.sections.last_mut().expect("a [section] before the first field").fields.push(field);
         }
     }
