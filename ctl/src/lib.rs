@@ -1,1 +1,13 @@
-//! The control plane: JSON lines on a unix socket, and cirroctl.
+//! The control plane that both daemons share: what `main` does, the control socket, counters, latencies, and the shapes of what they report.
+//!
+//! Does not know the daemons: they depend on it. Nothing here is on the data path but the counters, which a
+//! worker adds to without locks, allocation or system calls.
+#![forbid(unsafe_code)]
+
+pub mod client;
+mod connection;
+pub mod daemon;
+pub mod request;
+pub mod server;
+mod socket;
+pub mod stop;
