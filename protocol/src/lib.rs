@@ -9,7 +9,22 @@
 
 extern crate alloc;
 
+pub mod handshake;
+pub mod initiator;
 pub mod op;
+pub mod pieces;
+pub mod stats;
+pub mod target;
 pub mod time;
 pub mod types;
 pub mod wire;
+
+mod congestion;
+mod connected;
+mod recv_window;
+mod requests;
+mod rtt;
+mod send_window;
+mod session;
+
+pub use session::{PayloadRef, Placement, SealWith, Transmit};

@@ -18,6 +18,8 @@ pub const BLOCK_BYTES: usize = 4096;
 pub const SECTOR_BYTES: usize = 512;
 /// Requests in flight in a session. 4 queues of 64, or one of 256.
 pub const SLOTS_MAX: usize = 256;
+/// The slot of OPEN, RELEASE and STAT, beside the data slots.
+pub const CONTROL_SLOT: Slot = Slot(SLOTS_MAX as u16);
 /// Largest data of one request; a larger guest request is split over slots. 256 pages, as Linux submits.
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Most pieces of one request: three per block when the MTU is 1500.
@@ -187,7 +189,9 @@ impl core::str::FromStr for VolumeName {
 
 /// The bytes are no volume name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a volume name: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter, a digit or '_'")]
+#[error(
+    "not a volume name: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter, a digit or '_'"
+)]
 pub struct BadVolumeName;
 
 const _: () = assert!(SLOTS_MAX <= u16::MAX as usize);

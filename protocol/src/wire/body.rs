@@ -148,6 +148,8 @@ pub enum CloseReason {
     Revoked = 3,
     /// The sender restarts and will be back soon.
     Restart = 4,
+    /// Full pieces do not come through; smaller frames do.
+    NarrowPath = 5,
 }
 
 impl CloseReason {
@@ -158,6 +160,7 @@ impl CloseReason {
             2 => CloseReason::Protocol,
             3 => CloseReason::Revoked,
             4 => CloseReason::Restart,
+            5 => CloseReason::NarrowPath,
             _ => CloseReason::Done,
         }
     }
@@ -173,7 +176,10 @@ pub fn parse_ack_ranges(payload: &[u8]) -> Result<impl Iterator<Item = (u64, u64
         let [a0, a1, a2, a3, a4, a5, a6, a7, last @ ..] = *bytes;
         (u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]), u64::from_le_bytes(last))
     };
-    if !rest.is_empty() || ranges.len() > ACK_RANGES_MAX || ranges.iter().map(read).any(|(a, b)| a > b || a == 0) {
+    if !rest.is_empty()
+        || ranges.len() > ACK_RANGES_MAX
+        || ranges.iter().map(read).any(|(a, b)| a > b || a == 0)
+    {
         return Err(Reject::Field);
     }
     Ok(ranges.iter().map(read))

@@ -10,7 +10,8 @@ use super::header::{HEADER_BYTES, VERSION, VT_LONG};
 use super::{Reader, Reject};
 use crate::op::Status;
 use crate::types::{
-    Cid, ETHERNET_BYTES, ETHERTYPE_DEFAULT, MTU_MIN, MacAddress, SLOTS_MAX, Steer, Uuid, VOLUME_NAME_BYTES_MAX, VolumeName,
+    Cid, ETHERNET_BYTES, ETHERTYPE_DEFAULT, MTU_MIN, MacAddress, SLOTS_MAX, Steer, Uuid,
+    VOLUME_NAME_BYTES_MAX, VolumeName,
 };
 
 /// Every LONG body has this size, so that no answer is larger than its question.
@@ -294,7 +295,8 @@ impl HelloReply {
             request_bytes_max: r.u32()?,
             credit_sectors: r.u32()?,
         };
-        let sane = reply.status != Status::Ok || (usize::from(reply.mtu) >= MTU_MIN && (1..=SLOTS_MAX).contains(&usize::from(reply.slots)));
+        let sane = reply.status != Status::Ok
+            || (usize::from(reply.mtu) >= MTU_MIN && (1..=SLOTS_MAX).contains(&usize::from(reply.slots)));
         sane.then_some(reply)
     }
 

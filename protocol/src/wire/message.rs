@@ -106,7 +106,17 @@ pub struct Message {
 impl Message {
     /// A message without slot or payload.
     pub const fn bare(kind: Kind) -> Message {
-        Message { kind, slot: Slot(0), sseq: 0, frag_off: 0, plen: 0, code: 0, mlen: 0, flags: 0, request: None }
+        Message {
+            kind,
+            slot: Slot(0),
+            sseq: 0,
+            frag_off: 0,
+            plen: 0,
+            code: 0,
+            mlen: 0,
+            flags: 0,
+            request: None,
+        }
     }
 
     /// Bytes of the header and, for a REQ, its body.
@@ -219,4 +229,7 @@ impl RequestBody {
 
 const _: () = assert!(2 + 2 + 4 + 2 + 1 + 1 + 3 + 1 == MESSAGE_BYTES);
 const _: () = assert!(8 + 8 + 4 + 4 + 4 + 4 == REQUEST_BYTES);
-const _: () = assert!((14 + super::header::HEADER_BYTES + MESSAGE_BYTES).is_multiple_of(64), "the first payload is aligned");
+const _: () = assert!(
+    (14 + super::header::HEADER_BYTES + MESSAGE_BYTES).is_multiple_of(64),
+    "the first payload is aligned"
+);
