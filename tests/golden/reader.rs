@@ -97,7 +97,8 @@ impl Golden {
 
 /// The root of the work tree.
 pub(crate) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the work tree").to_owned()
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().expect("tests/ lies in the work tree").to_owned()
 }
 
 /// All golden frames, by name.

@@ -1,0 +1,29 @@
+# Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-install lint fuzz bench doc
+
+MINUTES ?= 1
+
+help: ## Say what there is.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+demo: ## Boot a real guest on a disk that lives across a raw Ethernet link, and prove that its data arrived.
+	qemu/demo.sh
+
+test: ## The gate: build, lint and every test, at most 25 minutes on 2 cores.
+	tests/run-suites.sh
+
+test-install: ## Install the Debian packages that the tests need.
+	tests/install.sh
+
+lint: ## Formatting, clippy and shellcheck; warnings are errors.
+	tests/lint.sh
+
+fuzz: ## Run each fuzz target for MINUTES=1.
+	tests/fuzz/run.sh $$(($(MINUTES) * 60))
+
+bench: ## Measure, beside other ways to the same disk; writes docs/PERFORMANCE.md.
+	tests/bench/run.sh
+
+doc: ## Build the API documentation of our crates.
+	cargo doc --workspace --no-deps --document-private-items --locked

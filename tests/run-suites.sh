@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The gate: runs every suite, prints what each took of its budget, and ends with a line 'N passed, N failed'.
+#
+#   tests/run-suites.sh              all suites
+#   tests/run-suites.sh NAME...      these only (after install and build)
+#
+# A suite is killed at twice its budget. The log of each stays in target/test-logs; a failed one is shown. A test that is ignored
+# counts as failed: nothing is skipped silently.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+logs=${CARGO_TARGET_DIR:-target}/test-logs
+# name | budget in seconds | command. The budgets add up to 25 minutes.
+suites=(
+    'install|60|tests/install.sh'
+    'build|400|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet'
+    'lint|100|tests/lint.sh'
+    'unit|120|cargo test --workspace --exclude cirro-tests --locked'
+    'tidy|10|cargo test -p cirro-tests --test tidy --locked'
+    'golden|10|cargo test -p cirro-tests --test golden --locked'
+    'dissector|20|cargo test -p cirro-tests --test dissector --locked'
+    'fuzz|120|tests/fuzz/run.sh build'
+    'e2e|420|cargo test --release -p cirro-tests --test e2e --locked -- --test-threads=1'
+    'guest|240|qemu/guest-test.sh'
+)
+
+passed=0
+failed=0
+summary=()
+
+# Adds what the log says to the counts: cargo's result lines, or else lines 'test NAME ... ok', or else the exit code alone.
+count() {
+    local log=$1 code=$2 ok=0 bad=0 ignored=0
+    if grep -q '^test result: ' "$log"; then
+        read -r ok bad ignored < <(awk '/^test result: / { ok += $4; bad += $6; ignored += $8 } END { print ok, bad, ignored }' "$log")
+    else
+        ok=$(grep -c '^test .* \.\.\. ok$' "$log")
+        bad=$(grep -c '^test .* \.\.\. FAILED$' "$log")
+    fi
+    bad=$((bad + ignored))
+    if [ "$code" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
+    if [ "$code" = 0 ] && [ "$((ok + bad))" = 0 ]; then ok=1; fi
+    passed=$((passed + ok))
+    failed=$((failed + bad))
+    counted="$ok passed, $bad failed"
+    [ "$ignored" = 0 ] || counted="$counted ($ignored of them ignored)"
+    [ "$bad" = 0 ]
+}
+
+run() {
+    local name=$1 budget=$2 command=$3 start=$SECONDS code=0 verdict=ok took
+    local log=$logs/$name.log
+    timeout --kill-after=10 $((2 * budget)) bash -c "$command" >"$log" 2>&1 </dev/null || code=$?
+    took=$((SECONDS - start))
+    count "$log" "$code" || verdict=FAILED
+    [ "$code" != 124 ] || verdict="FAILED, killed at twice its budget"
+    [ "$took" -le "$budget" ] || verdict="$verdict, over budget"
+    line=$(printf '%-10s %4d s of %4d s  %s (%s)' "$name" "$took" "$budget" "$verdict" "$counted")
+    summary+=("$line")
+    echo "suite $line"
+    case $verdict in
+        FAILED*)
+            grep -E '^test .* FAILED$|^error' "$log" | head -n 40
+            echo "--- last lines of $log"
+            tail -n 100 "$log"
+            echo "--- end of $log"
+            return 1
+            ;;
+    esac
+}
+
+main() {
+    local suite name budget command start=$SECONDS
+    mkdir -p "$logs"
+    if [ "$(id -u)" != 0 ]; then
+        echo "tests/run-suites.sh: run it as root: the tests make network namespaces and install packages" >&2
+        exit 1
+    fi
+    for suite in "${suites[@]}"; do
+        IFS='|' read -r name budget command <<<"$suite"
+        case $name in
+            install | build) ;;
+            *) if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi ;;
+        esac
+        run "$name" "$budget" "$command" && continue
+        case $name in
+            install | build)
+                echo "the other suites need this one and were not run"
+                break
+                ;;
+        esac
+    done
+    echo
+    printf '%s\n' "${summary[@]}"
+    printf '%-10s %4d s of %4d s\n\n' total $((SECONDS - start)) 1500
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ]
+}
+
+main "$@"
