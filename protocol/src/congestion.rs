@@ -8,8 +8,10 @@ use crate::time::{Instant, Nanos};
 pub(crate) const WINDOW_FLOOR_BYTES: u64 = 256 << 10;
 /// Never above this: what the peer's receive ring is sized for.
 pub(crate) const WINDOW_BYTES_MAX: u64 = 4 << 20;
-/// Loss rate, in 1/1024, above which loss is taken for congestion even without delay: 2 %.
-const HEAVY_LOSS: u32 = 20;
+/// Loss rate, in 1/65536, above which loss is taken for congestion even without delay: 2 %.
+const HEAVY_LOSS: u32 = 65_536 / 50;
+/// Frames over which the loss rate is smoothed.
+const LOSS_MEMORY: u32 = 256;
 /// Window in frames under heavy loss.
 const WINDOW_FRAMES_MIN: u64 = 4;
 /// Delay that is not a queue's.
@@ -25,7 +27,7 @@ pub(crate) struct Congestion {
     window: u64,
     slow_start: bool,
     frame_bytes_max: u64,
-    /// Losses per 1024 frames, smoothed over about 256 frames.
+    /// Losses per 65536 frames, smoothed over about [`LOSS_MEMORY`] frames.
     loss_rate: u32,
     above_since: Option<Instant>,
     backed_off_at: Option<Instant>,
@@ -52,7 +54,7 @@ impl Congestion {
     /// Frames were acked: `bytes` of them in `frames`, with `delay` the smallest of this turn's samples; `limited` if the window held
     /// something back.
     pub(crate) fn on_acked(&mut self, now: Instant, acked: Acked, rtt_min: Nanos, srtt: Nanos) {
-        self.loss_rate -= (self.loss_rate * acked.frames.min(64)) / 256;
+        self.loss_rate -= self.loss_rate * acked.frames.min(LOSS_MEMORY / 4) / LOSS_MEMORY;
         let frame_time = Nanos(srtt.0 * self.frame_bytes_max / self.window.max(1));
         let target = rtt_min + DELAY_SLACK_MIN.max(frame_time.times(DELAY_SLACK_FRAMES));
         if acked.delay <= target {
@@ -77,13 +79,13 @@ impl Congestion {
 
     /// Frames were found lost.
     pub(crate) fn on_lost(&mut self, now: Instant, frames: u32, srtt: Nanos) {
-        self.loss_rate = (self.loss_rate + 4 * frames.min(64)).min(1024);
+        self.loss_rate = (self.loss_rate + 65_536 / LOSS_MEMORY * frames.min(LOSS_MEMORY)).min(65_536);
         if !self.may_back_off(now, srtt) {
             return;
         }
         self.slow_start = false;
         let delayed = self.above_since.is_some();
-        let heavy = self.loss_rate > HEAVY_LOSS * 2;
+        let heavy = self.loss_rate > HEAVY_LOSS;
         self.shrink_to(now, if delayed || heavy { self.window / 2 } else { self.window * 9 / 10 });
     }
 
@@ -158,7 +160,7 @@ mod tests {
         assert_eq!(c.window_bytes(), WINDOW_BYTES_MAX * 9 / 10);
         for turn in 0..1000u64 {
             let now = Instant(20_000_000 + turn * 1_000_000);
-            for _ in 0..20 {
+            for _ in 0..16 {
                 c.on_acked(now, Acked { limited: false, ..acked(100) }, RTT, RTT);
             }
             c.on_lost(now, 1, RTT);

@@ -225,12 +225,13 @@ impl Connected {
         }
     }
 
-    /// Hands what the session found lost to the tables; says so when a piece cannot pass.
-    pub(crate) fn settle(&mut self, requests: &mut Requests) -> Outcome {
+    /// Hands what the session found lost to the table. A piece that does not pass makes the path be probed again: either it has become
+    /// narrower, or the node has no room just now.
+    pub(crate) fn settle(&mut self, now: Instant, requests: &mut Requests) {
         self.session.verdicts.acked.clear();
-        let mut too_wide = false;
+        let mut suspect = false;
         for record in self.session.verdicts.lost.drain(..) {
-            too_wide |= record.losses >= LOSSES_MAX && matches!(record.what, What::WriteData | What::Request);
+            suspect |= record.losses >= LOSSES_MAX && matches!(record.what, What::WriteData | What::Request);
             match &mut self.control {
                 Some(control) if record.slot == CONTROL_SLOT => {
                     (control.queued, control.losses) = (record.sseq == self.control_sseq, record.losses);
@@ -239,8 +240,9 @@ impl Connected {
                 _ => requests.lost(record),
             }
         }
-        let narrower = next_lower(self.session.config().piece_bytes).is_some();
-        if too_wide && narrower { Outcome::Lost(LossCause::NarrowPath) } else { Outcome::Goes }
+        if suspect && self.probe.is_none() {
+            (self.probe, self.small_echoed) = (Some(Retry::starting(now)), false);
+        }
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Instant, idle: bool, stats: &mut Stats) -> Outcome {
@@ -301,6 +303,10 @@ impl Connected {
         self.control = Some(Control { op, open, queued: true, losses: 0 });
     }
 
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the halves that outlive the session are borrowed apart from it"
+    )]
     pub(crate) fn transmit(
         &mut self,
         now: Instant,
@@ -325,6 +331,7 @@ impl Connected {
             return None;
         }
         let mut writer = self.session.begin(now, 0, head, payloads);
+        self.session.push_ranges(&mut writer);
         if let Some(control) = self.control.as_mut().filter(|control| control.queued) {
             control.queued = false;
             let message = Message {

@@ -232,7 +232,7 @@ impl Initiator {
                 ));
             }
         }
-        outcome = outcome.or(connected.settle(&mut self.requests));
+        connected.settle(now, &mut self.requests);
         self.follow(now, outcome);
     }
 
@@ -403,7 +403,7 @@ impl Initiator {
             Phase::Seeking { .. } | Phase::Greeting { .. } => {}
             Phase::Connected(connected) => {
                 outcome = connected.handle_timeout(now, self.requests.is_idle(), &mut self.stats);
-                outcome = outcome.or(connected.settle(&mut self.requests));
+                connected.settle(now, &mut self.requests);
             }
         }
         self.follow(now, outcome);
@@ -421,8 +421,7 @@ impl Initiator {
     pub fn not_sent(&mut self, now: Instant, pn: u64) {
         if let Phase::Connected(connected) = &mut self.phase {
             connected.session.not_sent(now, pn, &mut self.stats);
-            let outcome = connected.settle(&mut self.requests);
-            self.follow(now, outcome);
+            connected.settle(now, &mut self.requests);
         }
     }
 

@@ -115,6 +115,13 @@ impl RecvWindow {
     pub(crate) fn ack_written(&mut self) {
         self.waiting = 0;
         self.ack_at = None;
+        if !self.needs_ranges() {
+            self.oldest_unreported = u64::MAX;
+        }
+    }
+
+    /// The ranges have been written as well.
+    pub(crate) fn ranges_written(&mut self) {
         self.oldest_unreported = u64::MAX;
     }
 
@@ -236,6 +243,8 @@ mod tests {
         window.ranges(|first, last| ranges.push((first, last)));
         assert_eq!(ranges, [(7, 8), (1, 3)]);
         window.ack_written();
+        assert!(window.needs_ranges(), "an ack without the ranges has not said it");
+        window.ranges_written();
         assert!(!window.needs_ranges());
     }
 }

@@ -136,7 +136,7 @@ impl Requests {
                 assert!(len >= 1 && len as usize <= REQUEST_BYTES_MAX, "{op:?} of {len} bytes")
             }
             Op::Discard | Op::WriteZeroes => {
-                assert!(len >= 1 && len <= RANGE_SECTORS_MAX, "{op:?} of {len} sectors")
+                assert!((1..=RANGE_SECTORS_MAX).contains(&len), "{op:?} of {len} sectors")
             }
             Op::Flush => assert!(len == 0, "flush has no length"),
             Op::Open | Op::Release | Op::Stat => unreachable!("{op:?} is the initiator's own"),

@@ -424,7 +424,7 @@ impl Session {
             credit,
         };
         header.emit(head);
-        let mut writer = FrameWriter {
+        FrameWriter {
             head,
             payloads,
             used: HEADER_BYTES + header.mode.tag_bytes(),
@@ -433,18 +433,23 @@ impl Session {
             records: 0,
             asks: false,
             data_bytes: 0,
-        };
-        if self.received.needs_ranges() {
-            let mut ranges = Vec::new();
-            self.received.ranges(|first, last| {
-                ranges.extend_from_slice(&first.to_le_bytes());
-                ranges.extend_from_slice(&last.to_le_bytes());
-            });
-            if !ranges.is_empty() {
-                writer.push(Message::bare(Kind::AckRanges), &ranges);
-            }
         }
-        writer
+    }
+
+    /// Says what arrived that the header's bitmap cannot say.
+    pub(crate) fn push_ranges(&mut self, writer: &mut FrameWriter<'_>) {
+        if !self.received.needs_ranges() {
+            return;
+        }
+        let mut ranges = Vec::new();
+        self.received.ranges(|first, last| {
+            ranges.extend_from_slice(&first.to_le_bytes());
+            ranges.extend_from_slice(&last.to_le_bytes());
+        });
+        if !ranges.is_empty() {
+            writer.push(Message::bare(Kind::AckRanges), &ranges);
+        }
+        self.received.ranges_written();
     }
 
     /// Remembers that the message just pushed was `record`, for when it is acked or lost.

@@ -573,6 +573,7 @@ impl Target {
             return None;
         }
         let mut writer = self.session.begin(now, self.credit, head, payloads);
+        self.session.push_ranges(&mut writer);
         self.transmit_event(&mut writer);
         self.transmit_lost(&mut writer);
         self.transmit_answers(&mut writer);

@@ -121,19 +121,13 @@ impl Message {
 
     /// Bytes of the header and, for a REQ, its body.
     pub const fn header_bytes(&self) -> usize {
-        match self.kind {
-            Kind::Request => MESSAGE_BYTES + REQUEST_BYTES,
-            _ => MESSAGE_BYTES,
-        }
+        if matches!(self.kind, Kind::Request) { MESSAGE_BYTES + REQUEST_BYTES } else { MESSAGE_BYTES }
     }
 
     /// True if the payload is a volume's data: it has CRCs in the trailer and is not under the tag of mode 0.
     pub const fn carries_data(&self) -> bool {
-        match self.kind {
-            Kind::WriteData | Kind::ReadData => true,
-            Kind::Request => self.code == Op::Write as u8,
-            _ => false,
-        }
+        let is_write = matches!(self.kind, Kind::Request) && self.code == Op::Write as u8;
+        is_write || matches!(self.kind, Kind::WriteData | Kind::ReadData)
     }
 
     /// The operation of a REQ or WDATA.
