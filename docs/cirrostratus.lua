@@ -21,7 +21,7 @@ local STATUSES = {
   [0] = "OK", [1] = "EIO", [2] = "ENOSPC", [3] = "EFENCED", [4] = "ESTALE", [5] = "ERETRY", [6] = "EINVAL",
   [7] = "EROFS", [8] = "ECORRUPT", [9] = "EBUSY", [10] = "EACCES", [11] = "ENOTSUP",
 }
-local REASONS = { [0] = "done", [1] = "superseded", [2] = "protocol broken", [3] = "right revoked", [4] = "restart" }
+local REASONS = { [0] = "done", [1] = "superseded", [2] = "protocol broken", [3] = "right revoked", [4] = "restart", [5] = "full pieces do not pass" }
 local PROBES = { [0] = "asks", [1] = "echo" }
 local ACCESSES = { [0] = "read only", [1] = "read and write" }
 local TYPES = {
