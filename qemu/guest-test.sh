@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The guest run of `make test`: what demo.sh does, with less data, no build and no report. The exit code says all.
+#
+# The daemons are expected in the target directory's release folder, or where --bin-dir says. One line is
+# printed when it passed; when it failed, what failed and the last lines of every log.
+set -euo pipefail
+# shellcheck source=qemu/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=qemu/rig.sh
+source "$QEMU_DIR/rig.sh"
+
+USAGE="usage: guest-test.sh [--loss PERCENT] [--vcpus N] [--queues N] [--mtu N] [--bin-dir DIR] [--verbose]"
+VERBOSE=''
+
+parse() {
+  while (($#)); do
+    case $1 in
+      --loss) LOSS_PERCENT=${2:-} && need_number "$1" "$LOSS_PERCENT" && shift 2 ;;
+      --vcpus) VCPUS=${2:-} && need_number "$1" "$VCPUS" && shift 2 ;;
+      --queues) QUEUES=${2:-} && need_number "$1" "$QUEUES" && shift 2 ;;
+      --mtu) MTU=${2:-} && need_number "$1" "$MTU" && shift 2 ;;
+      --bin-dir) BIN_DIR=$(cd "${2:-}" && pwd) && shift 2 ;;
+      --verbose) VERBOSE=yes && shift ;;
+      --help) say "$USAGE" && exit 0 ;;
+      *) say "$USAGE" >&2 && exit 2 ;;
+    esac
+  done
+  BIN_DIR=${BIN_DIR:-${CARGO_TARGET_DIR:-$QEMU_DIR/../target}/release}
+}
+
+main() {
+  local started_s=$SECONDS
+  parse "$@"
+  need_root
+  undo_on_exit
+  DISK_MIB=256 FS_MIB=128 HOLE_MIB=4 FIO_MIB=$((48 / VCPUS)) TREE=/usr,/modules GUEST_TIMEOUT_S=85
+  "$QEMU_DIR/install.sh"
+  "$QEMU_DIR/guest-image.sh"
+  rig_up
+  start_daemons
+  if [[ -n $VERBOSE ]]; then run_disk_work; else run_disk_work >/dev/null; fi
+  stop_daemons
+  check_volume
+  say "guest-test: ok, $(guest_value tree-files) files and $((2 * VCPUS * FIO_MIB)) MiB of verified writes, $(guest_value queues) queues, MTU $MTU, $LOSS_PERCENT % loss, $((SECONDS - started_s)) s"
+}
+
+main "$@"

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Boots the guest of guest-image.sh, has it run one script, and exits with that script's exit code.
+#
+# The disk is a vhost-user-blk device on the socket of a back-end that is already there; without --socket the guest has
+# no disk. What the script reports (see README.md) goes to standard output as it comes, the guest's console to a file.
+# Exit codes of its own: 124 the time was up, 125 the guest ended without a word, 2 usage. It knows nothing of the network
+# behind the back-end. Called by demo.sh and guest-test.sh, and by hand.
+set -euo pipefail
+# shellcheck source=qemu/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
+                    [--console FILE] [--accel kvm|tcg] SCRIPT [NAME=VALUE]..."
+SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' ACCEL=''
+SCRIPT='' VARIABLES=()
+QEMU=${QEMU:-qemu-system-x86_64}
+
+parse() {
+  while (($#)); do
+    case $1 in
+      --socket) SOCKET=$2 ;;
+      --netns) NETNS=$2 ;;
+      --vcpus) VCPUS=$2 ;;
+      --queues) QUEUES=$2 ;;
+      --memory) MEMORY_MIB=$2 ;;
+      --timeout) TIMEOUT_S=$2 ;;
+      --console) CONSOLE=$2 ;;
+      --accel) ACCEL=$2 ;;
+      --help) say "$USAGE" && exit 0 ;;
+      -*) say "$USAGE" >&2 && exit 2 ;;
+      *) break ;;
+    esac
+    shift 2 || { say "$USAGE" >&2 && exit 2; }
+  done
+  (($#)) || { say "$USAGE" >&2 && exit 2; }
+  SCRIPT=$1
+  VARIABLES=("${@:2}")
+  QUEUES=${QUEUES:-$VCPUS}
+}
+
+# kvm_boots: true when /dev/kvm carries this very guest. Some flavours exist and cannot, so it is tried, once per boot
+# of this machine.
+kvm_boots() {
+  local answer
+  answer=$CACHE_DIR/kvm-$(cat /proc/sys/kernel/random/boot_id)-$(sha256sum "$GUEST_DIR/stamp" | cut -c 1-12)
+  [[ -w /dev/kvm ]] || return 1
+  if [[ ! -f $answer ]]; then
+    rm -f "$CACHE_DIR"/kvm-*
+    if "${BASH_SOURCE[0]}" --accel kvm --vcpus 1 --timeout 10 /dev/null >/dev/null 2>&1; then
+      echo yes >"$answer"
+    else
+      echo no >"$answer"
+    fi
+  fi
+  [[ $(cat "$answer") == yes ]]
+}
+
+# qemu_arguments WORK_DIR: fills ARGUMENTS. Old QEMU counts a chardev's reconnection in seconds, new QEMU in milliseconds.
+qemu_arguments() {
+  local cpu=max reconnect="reconnect=1"
+  [[ $ACCEL == kvm ]] && cpu=host
+  [[ $("$QEMU" -chardev socket,help 2>&1) == *reconnect-ms* ]] && reconnect="reconnect-ms=200"
+  # shellcheck disable=SC2054 # The commas are QEMU's.
+  ARGUMENTS=(
+    -name cirro-guest -nodefaults -no-user-config -display none -no-reboot
+    -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$cpu" -smp "$VCPUS" -m "$MEMORY_MIB"
+    -object "memory-backend-memfd,id=ram,size=${MEMORY_MIB}M,share=on"
+    -kernel "$GUEST_DIR/vmlinux" -initrd "$GUEST_DIR/initramfs.cpio"
+    -append "console=ttyS0 panic=-1 quiet ${VARIABLES[*]}"
+    -fw_cfg "name=opt/cirro/script,file=$1/script"
+    -serial "file:$CONSOLE" -serial "file:$1/report"
+  )
+  [[ -z $SOCKET ]] || ARGUMENTS+=(
+    -chardev "socket,id=disk,path=$SOCKET,$reconnect"
+    -device "vhost-user-blk-pci,chardev=disk,num-queues=$QUEUES"
+  )
+}
+
+# boot WORK_DIR: runs QEMU to its end or to the end of the time; 124 for the latter. The report is shown as it grows.
+boot() {
+  local prefix=() qemu_pid show_pid status=0 deadline_s
+  [[ -z $NETNS ]] || prefix=(ip netns exec "$NETNS")
+  "${prefix[@]}" "$QEMU" "${ARGUMENTS[@]}" </dev/null >"$1/qemu.log" 2>&1 &
+  qemu_pid=$!
+  undo stop_process "$qemu_pid"
+  tail -s 0.1 --pid="$qemu_pid" -n +1 -f "$1/report" | grep --line-buffered -v '^exit ' &
+  show_pid=$!
+  undo stop_process "$show_pid"
+  deadline_s=$((SECONDS + TIMEOUT_S))
+  while runs "$qemu_pid" && ((SECONDS < deadline_s)); do sleep 0.1; done
+  if runs "$qemu_pid"; then
+    stop_process "$qemu_pid" || true
+    wait "$show_pid" || true
+    return 124
+  fi
+  wait "$qemu_pid" || status=$?
+  wait "$show_pid" || true
+  if ((status != 0)); then
+    cat "$1/qemu.log" >&2
+    return 125
+  fi
+}
+
+main() {
+  local work status=0
+  parse "$@"
+  undo_on_exit
+  [[ -f $GUEST_DIR/stamp ]] || die "there is no guest image: run qemu/guest-image.sh"
+  command -v "$QEMU" >/dev/null || die "$QEMU is missing: run qemu/install.sh"
+  [[ -r $SCRIPT ]] || die "cannot read the guest's script $SCRIPT"
+  if [[ -z $ACCEL ]]; then
+    ACCEL=tcg
+    ! kvm_boots || ACCEL=kvm
+  fi
+  work=$(mktemp -d)
+  undo rm -rf "$work"
+  CONSOLE=${CONSOLE:-$work/console}
+  : >"$work/report"
+  # A file of fw_cfg may not be empty.
+  { cat "$SCRIPT"; echo; } >"$work/script"
+  qemu_arguments "$work"
+  say "accel $ACCEL"
+  boot "$work" || status=$?
+  ((status == 0)) || exit "$status"
+  status=$(awk '$1 == "exit" { print $2 }' "$work/report")
+  exit "${status:-125}"
+}
+
+main "$@"
