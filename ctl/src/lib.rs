@@ -6,8 +6,14 @@
 
 pub mod client;
 mod connection;
+pub mod counter;
 pub mod daemon;
+pub mod latency;
+pub mod publish;
+pub mod report;
 pub mod request;
 pub mod server;
+pub mod show;
 mod socket;
 pub mod stop;
+mod table;

@@ -1,20 +1,156 @@
-//! `cirroctl`: looks into the daemons of this machine. Knows requests and reports only, never a daemon's inside. Started by people and scripts.
+//! `cirroctl`: looks into the daemons of this machine and steers them.
+//!
+//! Knows flags, requests and reports only, never a daemon's inside. Started by people and scripts. Exit 0: done; 1: a daemon said no or could not be
+//! asked; 2: the command line makes no sense. A reader that closes the pipe early (`| head`) is no error.
 
-use std::path::PathBuf;
+mod flags;
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use cirro_ctl::client::ask;
-use cirro_ctl::daemon;
-use cirro_ctl::request::Request;
+use anyhow::Context;
+use cirro_ctl::client::{AskError, ask};
+use cirro_ctl::daemon::{self, Usage, escape_controls};
+use cirro_ctl::report::Report;
+use cirro_ctl::request::{Request, TapPopped, TapPush, TapPushed};
+use cirro_ctl::show;
+use clap::Parser;
+use serde_json::{Value, json};
+
+use flags::{Cli, Command, LinkCommand, TapCommand};
+
+/// Where the daemons put their sockets unless told otherwise.
+const SOCKETS_DEFAULT: [&str; 2] = ["/run/cirrostratus/node.sock", "/run/cirrostratus/backend.sock"];
+/// Longest wait for an answer: a daemon that is alive answers in milliseconds.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    daemon::run("cirroctl", || {
-        let path = std::env::args_os()
-            .nth(1)
-            .ok_or_else(|| daemon::Usage::new("give the path of a control socket"))?;
-        let answer = ask(&PathBuf::from(path), &Request::Status {}, Duration::from_secs(5))?;
-        println!("{answer:#}");
-        Ok(())
+    daemon::run("cirroctl", || match run(&Cli::parse()) {
+        Err(error) if is_closed_pipe(&error) => Ok(()),
+        other => other,
     })
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    let request = request(&cli.command)?;
+    let asks_one = matches!(request, Request::LinkTapPush(_) | Request::LinkTapPop {});
+    let sockets = match &cli.ctl_socket {
+        Some(path) => vec![path.clone()],
+        None => sockets_here(&SOCKETS_DEFAULT.map(PathBuf::from), asks_one)?,
+    };
+    let mut failed = None;
+    for (index, path) in sockets.iter().enumerate() {
+        let answer = ask(path, &request, ANSWER_TIME_MAX);
+        let text = if cli.json { json_line(path, &answer) } else { text(path, &request, &answer, index)? };
+        write_out(&text)?;
+        if let Err(error) = answer {
+            // Said at the end, but the other daemon is shown first. With two failures the first is in the log of this run already.
+            if let Some(earlier) = failed.replace(anyhow::Error::from(error)) {
+                let _ = writeln!(io::stderr(), "cirroctl: {}", daemon::one_line(&earlier));
+            }
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// The request for a command; a tap's path is made absolute, because the daemon has another working directory.
+fn request(command: &Command) -> anyhow::Result<Request> {
+    Ok(match command {
+        Command::Status => Request::Status {},
+        Command::Stats => Request::Stats {},
+        Command::Link(LinkCommand::Tap(TapCommand::Pop)) => Request::LinkTapPop {},
+        Command::Link(LinkCommand::Tap(TapCommand::Push(push))) => {
+            let path = std::path::absolute(&push.file).context("find the working directory")?;
+            if path.to_str().is_none() {
+                return Err(Usage::new(
+                    "the tap's FILE must be UTF-8, because requests are JSON; choose another name",
+                )
+                .into());
+            }
+            Request::LinkTapPush(TapPush {
+                path,
+                frame_bytes_max: push.frame_bytes_max,
+                file_bytes_max: push.file_bytes_max,
+            })
+        }
+    })
+}
+
+/// The default sockets that exist; exactly one when the command steers.
+fn sockets_here(defaults: &[PathBuf], asks_one: bool) -> anyhow::Result<Vec<PathBuf>> {
+    let here: Vec<PathBuf> = defaults.iter().filter(|path| path.exists()).cloned().collect();
+    let names: Vec<String> = defaults.iter().map(|path| path.display().to_string()).collect();
+    let names = names.join(" nor ");
+    anyhow::ensure!(
+        !here.is_empty(),
+        "no daemon found: neither {names} exists; start cirro-node or cirro-backend, or name a socket with --ctl-socket"
+    );
+    if asks_one && here.len() > 1 {
+        return Err(Usage::new("a node and a backend run here: say which one with --ctl-socket").into());
+    }
+    Ok(here)
+}
+
+/// One line of JSON for one daemon: its socket, and its answer or the reason why there is none.
+fn json_line(path: &Path, answer: &Result<Value, AskError>) -> String {
+    let socket = path.display().to_string();
+    let line = match answer {
+        Ok(value) => json!({ "socket": socket, "ok": value }),
+        Err(error) => json!({ "socket": socket, "error": error.to_string() }),
+    };
+    format!("{line}\n")
+}
+
+/// The answer for people; nothing when there is none.
+fn text(
+    path: &Path,
+    request: &Request,
+    answer: &Result<Value, AskError>,
+    index: usize,
+) -> anyhow::Result<String> {
+    let Ok(value) = answer else { return Ok(String::new()) };
+    let strange = || {
+        format!(
+            "{}: an answer that this cirroctl does not know; use the one of the daemon's version, or --json",
+            path.display()
+        )
+    };
+    let text = match request {
+        Request::Status {} => {
+            show::status(&serde_json::from_value::<Report>(value.clone()).with_context(strange)?)
+        }
+        Request::Stats {} => {
+            show::stats(&serde_json::from_value::<Report>(value.clone()).with_context(strange)?)
+        }
+        Request::LinkTapPush(_) => {
+            let pushed: TapPushed = serde_json::from_value(value.clone()).with_context(strange)?;
+            let lines = pushed.files.iter().map(|path| format!("tapping to {}\n", printable(path)));
+            lines.collect()
+        }
+        Request::LinkTapPop {} => {
+            let popped: TapPopped = serde_json::from_value(value.clone()).with_context(strange)?;
+            let lines = popped.files.iter().map(|file| {
+                format!("{}: {} frames, {} missed\n", printable(&file.path), file.frames, file.frames_missed)
+            });
+            if popped.files.is_empty() { "no tap was pushed\n".to_owned() } else { lines.collect() }
+        }
+    };
+    Ok(if index > 0 { format!("\n{text}") } else { text })
+}
+
+fn printable(path: &Path) -> String {
+    escape_controls(&path.to_string_lossy())
+}
+
+fn write_out(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to standard output")
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let is_closed = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    // The kernel's word about our own output, never about a daemon's socket: those errors are AskError.
+    error.root_cause().downcast_ref::<io::Error>().is_some_and(is_closed) && !error.is::<AskError>()
 }
