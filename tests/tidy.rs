@@ -38,7 +38,12 @@ const HOMES: [(&str, &[&str]); 9] = [
 ];
 
 /// Files in which `unsafe` may be written; each opens with its reason.
-const UNSAFE_FILES: [&str; 2] = ["link/src/packet/sys.rs", "storage-node/src/store/uring.rs"];
+const UNSAFE_FILES: [&str; 4] = [
+    "backend/src/guest_memory.rs",
+    "link/src/packet/sys.rs",
+    "storage-node/src/memory.rs",
+    "storage-node/src/store/uring.rs",
+];
 
 struct File {
     /// Relative to the root, with `/`.
@@ -164,7 +169,8 @@ fn unsafe_is_written_in_named_files_only() {
     let mut complaints = Vec::new();
     for file in sources() {
         let named = UNSAFE_FILES.contains(&file.name.as_str());
-        let opened = file.text.contains(&allowance);
+        let packed: String = file.text.split_whitespace().collect();
+        let opened = packed.contains(&allowance);
         let code = file.text.lines().map(|line| line.split("//").next().unwrap());
         let forms = ["{", "fn ", "impl ", "trait ", "extern "].map(|form| format!("{keyword} {form}"));
         let used = code.into_iter().any(|line| forms.iter().any(|form| line.contains(form)));
@@ -172,7 +178,7 @@ fn unsafe_is_written_in_named_files_only() {
             complaints
                 .push(format!("{}: {keyword} outside of the files that tests/tidy.rs names", file.name));
         }
-        if named && !file.text.contains(&format!("#![{allowance}, reason = \"")) {
+        if named && !packed.contains(&format!("#![{allowance},reason=\"")) {
             complaints.push(format!("{}: no #![{allowance}, reason = …)]", file.name));
         }
     }
