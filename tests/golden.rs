@@ -18,6 +18,7 @@ use cirro_protocol::wire::header::{HEADER_BYTES, VERSION, VT_LONG};
 use cirro_protocol::wire::long::{Body, LONG_BODY_BYTES, LONG_FRAME_BYTES, LongFrame};
 use cirro_protocol::wire::message::{MESSAGE_BYTES, REQUEST_BYTES, RequestBody};
 use cirro_protocol::wire::{Frame, Header, Kind, Message, Mode, Payload, Reject, pad_to_8};
+use cirro_seal::{Mismatch, Nonces, open_crc, open_long, seal_crc, seal_long};
 use reader::{Golden, Value, goldens, layouts};
 
 /// What the code read from a structure: its name in the specification, and its fields.
@@ -131,6 +132,44 @@ fn checksums_are_those_of_the_specification() {
         assert!(rest.ends_with(&crcs), "{}: trailer", golden.name);
         assert_eq!(crc32c(&covered).to_le_bytes(), tag, "{}: tag", golden.name);
     }
+}
+
+/// P-19, P-20, P-21, P-28: what the daemons seal and open frames with gives the golden tags, and refuses every other.
+#[test]
+fn the_code_seals_and_opens_golden_frames() {
+    for golden in goldens() {
+        let bytes = golden.bytes();
+        let nonces = Nonces::from(golden.nonces);
+        let (mut head, tag) = (without_data(&golden), &bytes[bytes.len() - 4..]);
+        head.truncate(head.len() - 4);
+        if is_long(&bytes) {
+            seal_long(&mut head);
+            assert_eq!(open_long(&bytes), Ok(()), "{}", golden.name);
+            let body = MESSAGES_AT + LONG_BODY_BYTES / 2;
+            assert_eq!(open_long(&with(&bytes, body, !bytes[body])), Err(Mismatch::Tag), "{}", golden.name);
+        } else {
+            seal_crc(nonces, &mut head);
+            let frame = Frame::parse(&bytes).unwrap();
+            assert_eq!(open_crc(nonces, &frame), Ok(()), "{}", golden.name);
+            let older = Nonces { sender: nonces.sender ^ 1, ..nonces };
+            assert_eq!(open_crc(older, &frame), Err(Mismatch::Tag), "{}", golden.name);
+            let data = frame.messages().filter(|payload| payload.message.carries_data());
+            for (index, payload) in data.enumerate() {
+                let damaged = with(&bytes, payload.range.start, !bytes[payload.range.start]);
+                let opened = open_crc(nonces, &Frame::parse(&damaged).unwrap());
+                assert_eq!(opened, Err(Mismatch::Payload { index }), "{}", golden.name);
+            }
+        }
+        assert_eq!(&head[head.len() - 4..], tag, "{}", golden.name);
+    }
+}
+
+/// All bytes of a frame but its data payloads.
+fn without_data(golden: &Golden) -> Vec<u8> {
+    let fields =
+        golden.sections.iter().flat_map(|section| section.fields.iter().map(move |field| (section, field)));
+    let kept = fields.filter(|(section, field)| section.name != "data" || field.name != "bytes");
+    kept.flat_map(|(_, field)| field.bytes.clone()).collect()
 }
 
 /// P-08: CRC_TRAILER stands in exactly the frames with a data payload.

@@ -1,13 +1,15 @@
 //! Any bytes as a LONG frame: what parses is written again byte by byte.
 //!
-//! Knows the parser's promises only; the tag is not looked at.
+//! Knows the parser's promises only; whether the tag is right is not asked.
 #![no_main]
 
 use cirro_protocol::types::{ETHERNET_BYTES, VolumeName};
 use cirro_protocol::wire::long::{Body, LONG_FRAME_BYTES, LongFrame};
+use cirro_seal::open_long;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
+    let _fits = open_long(bytes);
     let Ok(frame) = LongFrame::parse(bytes) else { return };
     assert_eq!(bytes.len(), LONG_FRAME_BYTES);
     let mut head = Vec::new();
