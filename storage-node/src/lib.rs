@@ -1,9 +1,11 @@
 //! cirro-node, the storage daemon: serves volumes, which are raw files and block devices, to backends across an Ethernet segment.
 //!
-//! `server` runs workers; each is a [`node`] over a link and a store. `docs/ARCHITECTURE.md` has the map.
+//! `server` runs workers; each is a `node` over a link and a store. `docs/ARCHITECTURE.md` has the map.
 
 pub mod buffers;
 mod memory;
+pub mod owner;
 pub mod range_lock;
+pub mod state_dir;
 pub mod store;
 pub mod volume;
