@@ -1,1 +1,72 @@
-//! Frames in and out of a machine.
+//! Frames in and out of a machine: the only crate that knows packet sockets.
+//!
+//! Knows whole Ethernet frames and what the kernel does with them; does not know what is in them, but for the two bytes that pick a worker.
+//! Both daemons' workers drive a [`Link`]; layers (`tap`, `faults`) stand between with the same trait.
+
+pub mod clock;
+
+mod frame;
+pub mod memory;
+
+pub mod random;
+mod sys;
+
+pub mod wait;
+
+use cirro_protocol::time::Instant;
+use cirro_protocol::types::MacAddress;
+
+pub use frame::{Cut, FramePool, Run, TxFrame};
+
+/// A frame that came in.
+#[derive(Clone, Copy, Debug)]
+pub struct Received<'a> {
+    /// The whole frame, Ethernet header included.
+    pub bytes: &'a [u8],
+    /// When it reached this machine: the kernel's time stamp, on the clock of [`clock::now`].
+    pub arrival: Instant,
+}
+
+/// Names a queued frame to its sender: the session's index and the packet number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FrameId {
+    /// Index of the session on its worker.
+    pub session: u32,
+    /// Packet number.
+    pub pn: u64,
+}
+
+/// A way to send and receive frames. Nothing in it blocks.
+///
+/// Order of calls in a turn: [`Link::receive`] until `None` or enough; then [`Link::frame`], fill, [`Link::commit`], again and again; then
+/// one [`Link::flush`].
+pub trait Link {
+    /// Bytes of a frame after the Ethernet header, 1500 to 65535.
+    fn mtu(&self) -> usize;
+
+    /// Our address on the segment.
+    fn address(&self) -> MacAddress;
+
+    /// The next frame that came. The one before it is given back.
+    fn receive(&mut self) -> Option<Received<'_>>;
+
+    /// An empty frame to fill; `None` when there is no room before the next [`Link::flush`].
+    fn frame(&mut self) -> Option<&mut TxFrame>;
+
+    /// The frame got last from [`Link::frame`] is complete: it is queued.
+    fn commit(&mut self, id: FrameId);
+
+    /// Hands everything queued to the kernel in one batch. What the kernel will not take now is forgotten and named in `refused`. Memory
+    /// named by the frames is not read after this returns.
+    fn flush(&mut self, refused: &mut Vec<FrameId>);
+
+    /// When [`Link::receive`] must be called although no frame came, if ever: a lost interface is looked for then.
+    fn poll_timeout(&self) -> Option<Instant> {
+        None
+    }
+
+    /// True once after the link was opened anew: address, MTU and file descriptor may be others now.
+    fn take_changed(&mut self) -> bool {
+        false
+    }
+}
