@@ -104,7 +104,11 @@ impl Connection {
             if !self.has_line() {
                 match self.fill() {
                     Ok(()) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Fate::Keep,
+                    Err(error)
+                        if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+                    {
+                        return Fate::Keep;
+                    }
                     Err(_) => return Fate::Close("it could not be read"),
                 }
             }

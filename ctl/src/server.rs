@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use crate::connection::{Connection, Fate, State};
@@ -27,6 +28,9 @@ pub const CONNECTIONS_MAX: usize = 16;
 const IDLE_TIME_MIN: Duration = Duration::from_secs(1);
 /// How long no client is accepted after accepting failed (no file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long nothing is done after waiting itself failed (no kernel memory).
+const POLL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Answers requests. Runs on the control thread: it may look at published snapshots and wait a moment for a worker's mailbox, but while it
 /// runs other clients wait, so it bounds its own waiting to about a second.
@@ -111,7 +115,7 @@ impl Service {
     /// Sleeps until something can be done.
     fn wait(&self) -> Ready {
         let now = Instant::now();
-        let accepting = self.accept_at(now) <= Some(now) && self.accept_at(now).is_some();
+        let accepting = self.accept_at(now).is_some_and(|at| at <= now);
         let listener = if accepting { PollFlags::IN } else { PollFlags::empty() };
         let mut fds =
             vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(&self.socket.listener, listener)];
@@ -121,8 +125,12 @@ impl Service {
         }
         let limit = self.wake_at(now).map(|at| at.saturating_duration_since(now));
         let limit = limit.map(|span| Timespec::try_from(span).expect("deadlines are seconds away"));
-        if let Err(error) = rustix::event::poll(&mut fds, limit.as_ref()) {
-            debug!("control socket {}: poll: {error}", self.socket.path().display());
+        match rustix::event::poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                warn!("control socket {}: wait for clients: {error}", self.socket.path().display());
+                std::thread::sleep(POLL_PAUSE);
+            }
         }
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
         Ready {

@@ -6,6 +6,8 @@ use crate::daemon::escape_controls;
 
 /// Spaces between two columns.
 const GAP: &str = "  ";
+/// An empty cell.
+const EMPTY: &str = "-";
 
 /// A table being filled row by row.
 #[derive(Debug)]
@@ -23,26 +25,34 @@ impl Table {
     /// Adds a row of as many cells as there are columns. Empty cells show as `-`; control characters, which a hostile peer may have chosen, as escapes.
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
         assert_eq!(N, self.columns.len(), "one cell for every column");
-        let visible = |cell: String| if cell.is_empty() { "-".to_owned() } else { escape_controls(&cell) };
+        let visible = |cell: String| if cell.is_empty() { EMPTY.to_owned() } else { escape_controls(&cell) };
         self.rows.push(cells.into_iter().map(visible).collect());
     }
 
-    /// The table with a line break after every row and a blank line before it; nothing at all without rows.
+    /// The table with a line break after every row and a blank line before it. Columns that are empty in every row are left out; without rows there
+    /// is nothing at all.
     pub(crate) fn write_to(&self, out: &mut String) {
         if self.rows.is_empty() {
             return;
         }
         let names: Vec<String> =
             self.columns.iter().map(|name| name.trim_start_matches('>').to_owned()).collect();
-        let width = |column: usize| {
-            let cells = self.rows.iter().chain([&names]).map(|row| row[column].chars().count());
-            cells.max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..names.len()).map(width).collect();
+        let shown = (0..names.len()).filter(|&column| self.rows.iter().any(|row| row[column] != EMPTY));
+        let widths: Vec<(usize, usize)> = shown
+            .map(|column| {
+                let cells = self.rows.iter().chain([&names]).map(|row| row[column].chars().count());
+                (column, cells.max().unwrap_or(0))
+            })
+            .collect();
         out.push('\n');
         for row in [&names].into_iter().chain(&self.rows) {
-            let cells = row.iter().zip(&widths).zip(self.columns).map(|((cell, &width), name)| {
-                if name.starts_with('>') { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            let cells = widths.iter().map(|&(column, width)| {
+                let cell = &row[column];
+                if self.columns[column].starts_with('>') {
+                    format!("{cell:>width$}")
+                } else {
+                    format!("{cell:<width$}")
+                }
             });
             out.push_str(cells.collect::<Vec<_>>().join(GAP).trim_end());
             out.push('\n');
@@ -125,8 +135,10 @@ mod tests {
         table.row(["\x1b[2Jb\n".into(), "9".into(), "late".into()]);
         let mut out = String::new();
         table.write_to(&mut out);
+        // The escaped name has 12 characters: 8 more than NAME, 11 more than a.
+        let [eight, eleven] = [8, 11].map(|n| " ".repeat(n));
         let expected =
-            "\nNAME             SIZE  WHY\na                  10  -\n\\u{1b}[2Jb\\n      9  late\n";
+            format!("\nNAME{eight}  SIZE  WHY\na{eleven}    10  -\n\\u{{1b}}[2Jb\\n     9  late\n");
         assert_eq!(out, expected);
     }
 
@@ -135,5 +147,14 @@ mod tests {
         let mut out = String::new();
         Table::new(&["NAME"]).write_to(&mut out);
         assert_eq!(out, "");
+    }
+
+    #[test]
+    fn a_column_in_which_nothing_is_said_is_left_out() {
+        let mut table = Table::new(&["NAME", "WHY", ">N"]);
+        table.row(["a".into(), String::new(), "7".into()]);
+        let mut out = String::new();
+        table.write_to(&mut out);
+        assert_eq!(out, "\nNAME  N\na     7\n");
     }
 }

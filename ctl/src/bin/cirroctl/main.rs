@@ -46,7 +46,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         let text = if cli.json { json_line(path, &answer) } else { text(path, &request, &answer, index)? };
         write_out(&text)?;
         if let Err(error) = answer {
-            // Said at the end, but the other daemon is shown first. With two failures the first is in the log of this run already.
+            // The other daemon is still shown. `main` prints the last failure; one before it is printed here.
             if let Some(earlier) = failed.replace(anyhow::Error::from(error)) {
                 let _ = writeln!(io::stderr(), "cirroctl: {}", daemon::one_line(&earlier));
             }
