@@ -7,6 +7,8 @@ pub mod clock;
 
 mod frame;
 pub mod memory;
+mod mmap;
+pub mod packet;
 
 pub mod random;
 mod sys;
