@@ -1,0 +1,38 @@
+//! Where the vhost side waits for a disk's volume: it can say nothing of the device before a node has described the volume.
+//!
+//! Knows nothing of either side. The worker writes it when a volume was opened, which is rare; `server` waits on it.
+
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use cirro_protocol::wire::body::VolumeInfo;
+
+/// The volume of a disk, once it is known.
+#[derive(Debug, Default)]
+pub struct Attach {
+    info: Mutex<Option<VolumeInfo>>,
+    changed: Condvar,
+}
+
+impl Attach {
+    /// A node serves the volume, and this is what it is.
+    pub fn set(&self, info: VolumeInfo) {
+        *self.lock() = Some(info);
+        self.changed.notify_all();
+    }
+
+    /// The volume as it was last described.
+    pub fn get(&self) -> Option<VolumeInfo> {
+        *self.lock()
+    }
+
+    /// Waits until the volume is known, at most `limit`.
+    pub fn wait(&self, limit: Duration) -> Option<VolumeInfo> {
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, |info| info.is_none());
+        *waited.expect("no holder of this lock panics").0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VolumeInfo>> {
+        self.info.lock().expect("no holder of this lock panics")
+    }
+}

@@ -1,0 +1,473 @@
+//! The command line and the configuration file, made into a [`Config`] that cannot be wrong.
+//!
+//! Knows names, ranges and what goes with what; opens nothing. Called by `main`. A flag wins over the file.
+
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+
+use cirro_protocol::types::{MacAddress, Steer, VolumeName};
+use clap::{ArgAction, Parser, ValueEnum};
+use serde::Deserialize;
+
+use crate::request::QUEUE_SIZE_MAX;
+
+/// Queues a disk may offer: what a 64-bit mask of the front-end names.
+pub const QUEUES_MAX: u16 = 64;
+/// Queues offered unless told otherwise: QEMU takes one per vCPU and refuses a back-end that offers fewer.
+pub const QUEUES_DEFAULT: u16 = 16;
+/// Largest queue accepted unless told otherwise.
+pub const QUEUE_SIZE_DEFAULT: u16 = 256;
+/// Spinning before sleeping unless told otherwise, in µs: as good as ten times as much.
+pub const POLL_US_DEFAULT: u32 = 20;
+/// Most spinning, in µs: above this it is a busy loop, and a mistake.
+pub const POLL_US_MAX: u32 = 1_000_000;
+/// Where state is kept unless told otherwise.
+pub const STATE_DIR_DEFAULT: &str = "/var/lib/cirrostratus/backend";
+
+/// What `--print-capabilities` says: QEMU's vhost-user back-end program conventions, block devices.
+pub const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\n    \"read-only\"\n  ]\n}";
+
+/// A guest's disk over raw Ethernet: a vhost-user-blk device whose data lives on a storage node.
+#[derive(Debug, Default, Parser)]
+#[command(name = "cirro-backend", version, max_term_width = 120)]
+pub struct Flags {
+    /// Listen for the VMM on this unix socket.
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Listen for the VMM on this file descriptor, a listening unix socket that was opened for us.
+    #[arg(long, value_name = "N")]
+    pub fd: Option<RawFd>,
+    /// The network interface that leads to the storage nodes.
+    #[arg(long, value_name = "IF")]
+    pub link: Option<String>,
+    /// The volume behind the disk.
+    #[arg(long, value_name = "NAME")]
+    pub volume: Option<VolumeName>,
+    /// The storage node's MAC address; without it the segment is asked who serves the volume.
+    #[arg(long, value_name = "MAC")]
+    pub node: Option<MacAddress>,
+    /// Offer the disk for reading only.
+    #[arg(long)]
+    pub read_only: bool,
+    /// Queues to offer (1 to 64) [default: 16].
+    #[arg(long, value_name = "N")]
+    pub queues: Option<u16>,
+    /// Largest queue to accept (a power of two, 4 to 1024) [default: 256].
+    #[arg(long, value_name = "N")]
+    pub queue_size: Option<u16>,
+    /// Read disks and settings from this TOML file; flags win over it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How frames are protected [default: none].
+    #[arg(long, value_name = "MODE")]
+    pub security: Option<Security>,
+    /// The node's public key, with --security keys.
+    #[arg(long, value_name = "KEY")]
+    pub node_key: Option<String>,
+    /// Worker threads; disks are dealt out to them in turn [default: 1].
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u16>,
+    /// Spin so long before sleeping, in microseconds [default: 20].
+    #[arg(long, value_name = "N")]
+    pub poll_us: Option<u32>,
+    /// Take the volume from the attachment that holds it, once.
+    #[arg(long)]
+    pub take_over: bool,
+    /// Keep each disk's identity here [default: /var/lib/cirrostratus/backend].
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Serve cirroctl on this unix socket.
+    #[arg(long, value_name = "PATH")]
+    pub ctl_socket: Option<PathBuf>,
+    /// Print what this back-end can do, as JSON, and exit.
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// Log more (-vv: still more).
+    #[arg(short, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// How frames are protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Security {
+    /// Checksums only: for a wire that is trusted.
+    None,
+    /// By keys.
+    Keys,
+}
+
+/// The configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct File {
+    link: Option<String>,
+    security: Option<Security>,
+    workers: Option<u16>,
+    poll_us: Option<u32>,
+    state_dir: Option<PathBuf>,
+    ctl_socket: Option<PathBuf>,
+    #[serde(default, rename = "disk")]
+    disks: Vec<FileDisk>,
+}
+
+/// A `[[disk]]` of it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct FileDisk {
+    volume: Option<String>,
+    socket_path: Option<PathBuf>,
+    fd: Option<RawFd>,
+    node: Option<String>,
+    #[serde(default)]
+    read_only: bool,
+    queues: Option<u16>,
+    queue_size: Option<u16>,
+    #[serde(default)]
+    take_over: bool,
+}
+
+/// What the process is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The interface.
+    pub link: String,
+    /// Its workers.
+    pub workers: u16,
+    /// Spinning in µs.
+    pub poll_us: u32,
+    /// Where state is kept.
+    pub state_dir: PathBuf,
+    /// Where cirroctl finds us.
+    pub ctl_socket: Option<PathBuf>,
+    /// The disks, at least one.
+    pub disks: Vec<DiskEntry>,
+}
+
+/// One disk of the process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskEntry {
+    /// Its volume.
+    pub volume: VolumeName,
+    /// Where the VMM connects.
+    pub socket: Socket,
+    /// Its node, if known.
+    pub node: Option<MacAddress>,
+    /// Reading only.
+    pub read_only: bool,
+    /// Queues offered.
+    pub queues: u16,
+    /// Largest queue accepted.
+    pub queue_size: u16,
+    /// Take the volume over.
+    pub take_over: bool,
+}
+
+/// Where a VMM connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// A path to listen on.
+    Path(PathBuf),
+    /// A descriptor that listens already.
+    Fd(RawFd),
+}
+
+impl std::fmt::Display for Socket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Socket::Path(path) => write!(f, "{}", path.display()),
+            Socket::Fd(fd) => write!(f, "fd {fd}"),
+        }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A flag or setting is missing.
+    #[error("{0} is missing: give it as a flag or in the file of --config")]
+    Missing(&'static str),
+    /// A value out of range.
+    #[error("{name} is {value}: it must be {allowed}")]
+    Range {
+        /// The setting.
+        name: &'static str,
+        /// What it was.
+        value: u64,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// Keys are not there yet.
+    #[error(
+        "--security keys is not available in this version: use --security none, on a wire that you trust"
+    )]
+    Keys,
+    /// A key without its mode.
+    #[error("--node-key needs --security keys, which is not available in this version: leave it out")]
+    KeyUnused,
+    /// The file is no TOML, or has settings that do not exist.
+    #[error("cannot understand {path}: {source}")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// A name or address in the file.
+    #[error("disk {disk}: {name}: {reason}")]
+    Value {
+        /// Which disk, from 1.
+        disk: usize,
+        /// Which setting.
+        name: &'static str,
+        /// What is wrong.
+        reason: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A disk with no or two sockets.
+    #[error("disk {disk} ({volume}): give either socket-path or fd")]
+    OneSocket {
+        /// Which disk, from 1.
+        disk: usize,
+        /// Its volume.
+        volume: VolumeName,
+    },
+    /// A flag for one disk beside a file of several.
+    #[error(
+        "{flag} can name one disk only, and the file of --config has {disks}: change the file, or leave the flag out"
+    )]
+    SeveralDisks {
+        /// The flag.
+        flag: &'static str,
+        /// Disks in the file.
+        disks: usize,
+    },
+    /// Two disks that collide.
+    #[error("two disks share {what} {value}: give each its own")]
+    Shared {
+        /// What they share.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+impl Config {
+    /// Puts flags and file together. `file` is the path and text of `--config`.
+    ///
+    /// # Errors
+    /// The first thing that is missing or wrong.
+    pub fn new(flags: &Flags, file: Option<(&Path, &str)>) -> Result<Config, Error> {
+        let file = match file {
+            None => File::default(),
+            Some((path, text)) => toml::from_str(text)
+                .map_err(|source| Error::Syntax { path: path.to_owned(), source: Box::new(source) })?,
+        };
+        match flags.security.or(file.security) {
+            Some(Security::Keys) => return Err(Error::Keys),
+            Some(Security::None) | None if flags.node_key.is_some() => return Err(Error::KeyUnused),
+            Some(Security::None) | None => {}
+        }
+        let disks = disks(flags, file.disks)?;
+        for (index, disk) in disks.iter().enumerate() {
+            for other in &disks[..index] {
+                if other.socket == disk.socket {
+                    return Err(Error::Shared { what: "the socket", value: disk.socket.to_string() });
+                }
+                if other.volume == disk.volume {
+                    return Err(Error::Shared { what: "the volume", value: disk.volume.to_string() });
+                }
+            }
+        }
+        let workers = flags.workers.or(file.workers).unwrap_or(1);
+        let poll_us = flags.poll_us.or(file.poll_us).unwrap_or(POLL_US_DEFAULT);
+        in_range("workers", workers.into(), 1..=Steer::WORKERS_MAX.into(), "1 to 1024")?;
+        in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
+        Ok(Config {
+            link: flags.link.clone().or(file.link).ok_or(Error::Missing("--link IF"))?,
+            workers,
+            poll_us,
+            state_dir: flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into()),
+            ctl_socket: flags.ctl_socket.clone().or(file.ctl_socket),
+            disks,
+        })
+    }
+}
+
+/// The file's disks, changed by the flags; the flags' disk when the file has none.
+fn disks(flags: &Flags, mut listed: Vec<FileDisk>) -> Result<Vec<DiskEntry>, Error> {
+    let count = listed.len();
+    let single = [
+        ("--volume", flags.volume.is_some()),
+        ("--socket-path", flags.socket_path.is_some()),
+        ("--fd", flags.fd.is_some()),
+        ("--node", flags.node.is_some()),
+    ];
+    match single.into_iter().find(|(_, given)| *given) {
+        Some((flag, _)) if count > 1 => return Err(Error::SeveralDisks { flag, disks: count }),
+        Some(_) | None => {}
+    }
+    if count == 0 {
+        listed.push(FileDisk::default());
+    }
+    listed.into_iter().enumerate().map(|(index, disk)| entry(flags, index + 1, disk)).collect()
+}
+
+fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Error> {
+    let value = |name| move |reason| Error::Value { disk: number, name, reason };
+    let listed_volume = listed.volume.map(|name| name.parse()).transpose();
+    let listed_volume =
+        listed_volume.map_err(|e: cirro_protocol::types::BadVolumeName| value("volume")(e.into()))?;
+    let listed_node = listed.node.map(|mac| mac.parse()).transpose();
+    let listed_node =
+        listed_node.map_err(|e: cirro_protocol::types::BadMacAddress| value("node")(e.into()))?;
+    let volume = flags.volume.or(listed_volume).ok_or(Error::Missing("--volume NAME"))?;
+    let socket = match (&flags.socket_path, flags.fd) {
+        (Some(path), _) => Some(Socket::Path(path.clone())),
+        (None, Some(fd)) => Some(Socket::Fd(fd)),
+        (None, None) => match (listed.socket_path, listed.fd) {
+            (Some(path), None) => Some(Socket::Path(path)),
+            (None, Some(fd)) => Some(Socket::Fd(fd)),
+            (Some(_), Some(_)) => return Err(Error::OneSocket { disk: number, volume }),
+            (None, None) => None,
+        },
+    };
+    let queues = flags.queues.or(listed.queues).unwrap_or(QUEUES_DEFAULT);
+    let queue_size = flags.queue_size.or(listed.queue_size).unwrap_or(QUEUE_SIZE_DEFAULT);
+    in_range("queues", queues.into(), 1..=QUEUES_MAX.into(), "1 to 64")?;
+    if !queue_size.is_power_of_two() || !(4..=QUEUE_SIZE_MAX).contains(&queue_size) {
+        return Err(range("queue-size", queue_size.into(), "a power of two from 4 to 1024"));
+    }
+    if let Some(Socket::Fd(fd)) = socket {
+        in_range(
+            "fd",
+            fd.max(0) as u64,
+            3..=u64::from(u32::MAX >> 1),
+            "3 or more: 0 to 2 are standard input, output and error",
+        )?;
+    }
+    Ok(DiskEntry {
+        volume,
+        socket: socket.ok_or(Error::Missing("--socket-path PATH (or --fd N)"))?,
+        node: flags.node.or(listed_node),
+        read_only: flags.read_only || listed.read_only,
+        queues,
+        queue_size,
+        take_over: flags.take_over || listed.take_over,
+    })
+}
+
+fn in_range(
+    name: &'static str,
+    value: u64,
+    range_allowed: std::ops::RangeInclusive<u64>,
+    allowed: &'static str,
+) -> Result<(), Error> {
+    if range_allowed.contains(&value) { Ok(()) } else { Err(range(name, value, allowed)) }
+}
+
+fn range(name: &'static str, value: u64, allowed: &'static str) -> Error {
+    Error::Range { name, value, allowed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str, file: Option<&str>) -> Result<Config, String> {
+        let words = std::iter::once("cirro-backend").chain(line.split_whitespace());
+        let flags = Flags::try_parse_from(words).map_err(|error| error.to_string())?;
+        Config::new(&flags, file.map(|text| (Path::new("f.toml"), text))).map_err(|error| error.to_string())
+    }
+
+    const ONE: &str = "--socket-path /s --link eth1 --volume v";
+
+    #[test]
+    fn the_stable_command_line_is_understood() {
+        let line = "--socket-path /run/a.sock --link eth1 --volume vm-1 --node 02:00:5e:10:00:01 --read-only --queues 4 --queue-size 128 \
+                    --security none --poll-us 5 --take-over --state-dir /tmp/s --ctl-socket /tmp/c --workers 2";
+        let config = parse(line, None).unwrap();
+        let disk = &config.disks[0];
+        assert_eq!((config.link.as_str(), config.workers, config.poll_us), ("eth1", 2, 5));
+        assert_eq!(disk.socket, Socket::Path("/run/a.sock".into()));
+        assert_eq!(disk.node.unwrap().0, [2, 0, 0x5e, 0x10, 0, 1]);
+        assert!(disk.read_only && disk.take_over);
+        assert_eq!((disk.queues, disk.queue_size), (4, 128));
+        assert_eq!(config.state_dir, Path::new("/tmp/s"));
+    }
+
+    #[test]
+    fn what_is_not_said_has_the_documented_default() {
+        let config = parse(ONE, None).unwrap();
+        let disk = &config.disks[0];
+        assert_eq!((disk.queues, disk.queue_size, config.poll_us, config.workers), (16, 256, 20, 1));
+        assert_eq!(config.state_dir, Path::new("/var/lib/cirrostratus/backend"));
+        assert_eq!(disk.node, None);
+    }
+
+    #[test]
+    fn a_file_lists_disks_and_flags_win_over_it() {
+        let file = "link = 'eth9'\npoll-us = 7\n[[disk]]\nvolume = 'a'\nsocket-path = '/a'\nqueues = 2\n[[disk]]\nvolume = 'b'\nfd = 5\nread-only = true\n";
+        let config = parse("--link eth1 --queue-size 64", Some(file)).unwrap();
+        assert_eq!((config.link.as_str(), config.poll_us), ("eth1", 7));
+        let [a, b] = &config.disks[..] else { panic!("two disks") };
+        assert_eq!((a.volume.as_str(), a.queues, a.queue_size, a.read_only), ("a", 2, 64, false));
+        assert_eq!(
+            (b.volume.as_str(), b.queues, b.socket.clone(), b.read_only),
+            ("b", 16, Socket::Fd(5), true)
+        );
+        assert!(parse("--volume c", Some(file)).unwrap_err().contains("--volume can name one disk only"));
+        assert_eq!(
+            parse("--volume c", Some("link='x'\n[[disk]]\nvolume='a'\nsocket-path='/a'")).unwrap().disks[0]
+                .volume
+                .as_str(),
+            "c"
+        );
+    }
+
+    #[test]
+    fn every_mistake_is_told_in_one_line() {
+        let cases = [
+            ("--socket-path /s --volume v", None, "--link IF is missing"),
+            ("--socket-path /s --link l", None, "--volume NAME is missing"),
+            ("--link l --volume v", None, "--socket-path PATH (or --fd N) is missing"),
+            ("--socket-path /s --link l --volume v --queues 65", None, "queues is 65: it must be 1 to 64"),
+            ("--socket-path /s --link l --volume v --queue-size 100", None, "a power of two from 4 to 1024"),
+            (
+                "--socket-path /s --link l --volume v --security keys",
+                None,
+                "--security keys is not available",
+            ),
+            ("--socket-path /s --link l --volume v --node-key x", None, "--node-key needs --security keys"),
+            ("--fd 1 --link l --volume v", None, "fd is 1"),
+            ("", Some("link='l'\ntypo=1"), "unknown field `typo`"),
+            (
+                "",
+                Some("link='l'\n[[disk]]\nvolume='../x'\nsocket-path='/a'"),
+                "disk 1: volume: not a volume name",
+            ),
+            (
+                "",
+                Some("link='l'\n[[disk]]\nvolume='x'\nsocket-path='/a'\nfd=4"),
+                "give either socket-path or fd",
+            ),
+            (
+                "",
+                Some("link='l'\n[[disk]]\nvolume='x'\nfd=4\n[[disk]]\nvolume='x'\nfd=5"),
+                "two disks share the volume x",
+            ),
+        ];
+        for (line, file, expected) in cases {
+            let error = parse(line, file).unwrap_err();
+            assert!(error.contains(expected), "{line:?} {file:?} said {error:?}");
+        }
+        assert!(parse("--socket-path /s --fd 3 --link l --volume v", None).is_err());
+        assert!(parse(&format!("{ONE} --node 02:00"), None).unwrap_err().contains("not a MAC address"));
+    }
+
+    #[test]
+    fn capabilities_are_the_json_of_the_conventions() {
+        let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!(value["type"], "block");
+        assert_eq!(value["features"], serde_json::json!(["read-only"]));
+    }
+}

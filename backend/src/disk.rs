@@ -1,0 +1,514 @@
+//! One disk on its worker: takes requests off the rings, gives them to the session, and gives answers back to the rings.
+//!
+//! Knows rings, requests, slots and the session; does not know the link, threads or vhost-user messages. Called by `worker`, in the order of a turn.
+
+use std::sync::Arc;
+
+use cirro_protocol::initiator::{Event, Initiator, LossCause};
+use cirro_protocol::op::{Op, Status};
+use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::{SERIAL_BYTES, VolumeName};
+use cirro_protocol::wire::body::{
+    Access, VOLUME_DISCARD, VOLUME_READ_ONLY, VOLUME_WRITE_THROUGH, VOLUME_WRITE_ZEROES, VolumeInfo,
+};
+use cirro_protocol::{PayloadRef, Placement};
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+
+use crate::attach::Attach;
+use crate::guest_memory::{GuestMemory, Outside, PrivateCopies, Regions};
+use crate::mailbox::{Answer, Change, Reply};
+use crate::pending::{Admission, Finished, Pending};
+use crate::request::{Chain, Limits, Reject, Request};
+use crate::stats::{DiskStats, SessionReport};
+use crate::virtqueue::{Parked, ServedRing, Stopping};
+
+/// Heads taken off one ring in a turn: fairness between rings and disks.
+pub const HEADS_PER_TURN_MAX: usize = 32;
+/// How long a ring that is to stop waits for its requests: a dead node must not hold up the end of a VM or its migration.
+pub const STOP_TIME: Nanos = Nanos::from_secs(2);
+/// Losses of a piece after which it is sent from a private copy.
+pub const PRIVATE_AFTER_LOSSES: u8 = 2;
+
+/// What a disk is made of.
+pub struct DiskConfig {
+    /// Its volume.
+    pub volume: VolumeName,
+    /// Never open it for writing.
+    pub read_only: bool,
+    /// Rings it may have.
+    pub queues: u16,
+    /// Its session.
+    pub initiator: Initiator,
+    /// Where the vhost side waits for the volume.
+    pub attach: Arc<Attach>,
+    /// Its counters.
+    pub stats: Arc<DiskStats>,
+}
+
+/// A change of what wakes the worker up for a ring.
+#[derive(Debug)]
+pub enum KickChange {
+    /// Wait for this descriptor; it takes the place of the ring's last one.
+    Watch(u16, std::fs::File),
+    /// Wait no more.
+    Forget(u16),
+}
+
+/// The place of a ring.
+#[derive(Debug, Default)]
+struct RingPlace {
+    served: Option<ServedRing>,
+    parked: Option<Parked>,
+}
+
+/// A disk.
+pub struct Disk {
+    volume: VolumeName,
+    read_only: bool,
+    /// Its session; the worker feeds and empties it.
+    pub initiator: Initiator,
+    attach: Arc<Attach>,
+    stats: Arc<DiskStats>,
+    memory: GuestMemory,
+    rings: Vec<RingPlace>,
+    pending: Pending,
+    info: VolumeInfo,
+    limits: Limits,
+    write_through: bool,
+    /// A stop ran into its deadline and nothing has been heard since: further stops do not wait.
+    stalled: bool,
+    refusal: Option<Status>,
+    first_ring: usize,
+    chain: Chain,
+    /// Descriptors to watch or to forget, for whoever puts the worker to sleep.
+    pub kick_changes: Vec<KickChange>,
+}
+
+impl Disk {
+    /// A disk without rings.
+    pub fn new(config: DiskConfig) -> Disk {
+        Disk {
+            volume: config.volume,
+            read_only: config.read_only,
+            initiator: config.initiator,
+            attach: config.attach,
+            stats: config.stats,
+            memory: GuestMemory::default(),
+            rings: (0..config.queues).map(|_| RingPlace::default()).collect(),
+            pending: Pending::default(),
+            info: VolumeInfo::default(),
+            limits: Limits::default(),
+            write_through: false,
+            stalled: false,
+            refusal: None,
+            first_ring: 0,
+            chain: Chain::default(),
+            kick_changes: Vec::new(),
+        }
+    }
+
+    /// Takes a command from the vhost side. Runs between turns.
+    pub fn obey(&mut self, now: Instant, change: Change, reply: Reply) {
+        match change {
+            Change::Start { ring, queue, kick, call } => {
+                let place = &mut self.rings[usize::from(ring)];
+                let served = ServedRing::start(&self.memory, queue, call, place.parked.take());
+                served.call();
+                place.served = Some(served);
+                self.kick_changes.push(KickChange::Watch(ring, kick));
+                self.choose_access();
+                reply.give(Answer::Done);
+            }
+            Change::Stop { ring } => self.begin_stop(now, ring, reply),
+            Change::Memory(regions) => self.set_memory(now, regions, reply),
+            Change::Enable { ring, enabled } => {
+                self.change_ring(ring, |served| served.enabled = enabled);
+                reply.give(Answer::Done);
+            }
+            Change::Call { ring, call } => {
+                self.change_ring(ring, |served| {
+                    served.call = call;
+                    served.call();
+                });
+                reply.give(Answer::Done);
+            }
+            Change::Kick { ring, kick } => {
+                self.kick_changes.push(KickChange::Watch(ring, kick));
+                reply.give(Answer::Done);
+            }
+            Change::WriteThrough(through) => {
+                self.write_through = through;
+                reply.give(Answer::Done);
+            }
+            Change::Report => reply.give(Answer::Session(Box::new(self.report()))),
+            Change::Close => {
+                self.initiator.set_access(Access::ReadOnly);
+                reply.give(Answer::Done);
+            }
+        }
+    }
+
+    fn change_ring(&mut self, ring: u16, change: impl FnOnce(&mut ServedRing)) {
+        if let Some(served) = &mut self.rings[usize::from(ring)].served {
+            change(served);
+        }
+    }
+
+    fn choose_access(&mut self) {
+        let write = self.rings.iter().any(|place| place.served.is_some()) && !self.limits.read_only;
+        self.initiator.set_access(if write { Access::ReadWrite } else { Access::ReadOnly });
+    }
+
+    /// The mappings of before go away here, after the turn that used them. A request whose memory is gone ends without a write.
+    fn set_memory(&mut self, now: Instant, regions: Regions, reply: Reply) {
+        self.memory = GuestMemory::new(regions);
+        let memory = &self.memory;
+        let gone = |admission: &Admission, data: &[_]| {
+            !memory.covers(admission.status_at, 1)
+                || data.iter().any(|run: &crate::guest_memory::GuestRun| !memory.covers(run.address, run.len))
+        };
+        if self.pending.iter().any(|(admission, data)| gone(admission, data)) {
+            // The session cannot take a single request back, so all of them start again in the next but those without memory.
+            self.initiator.abandon(now);
+            self.pending.restart_all();
+            for finished in self.pending.take_out(now, gone) {
+                log::warn!("volume {}: the guest took away the memory of a request in flight", self.volume);
+                self.stats.finished(&finished);
+                self.change_ring_with_memory(finished.admission.ring, |served, memory| {
+                    served.give(memory, finished.admission.head, 0);
+                });
+            }
+        }
+        reply.give(Answer::Done);
+    }
+
+    fn change_ring_with_memory(&mut self, ring: u16, change: impl FnOnce(&mut ServedRing, &GuestMemory)) {
+        if let Some(served) = &mut self.rings[usize::from(ring)].served {
+            change(served, &self.memory);
+        }
+    }
+
+    fn report(&self) -> SessionReport {
+        SessionReport {
+            state: format!("{:?}", self.initiator.state()).to_lowercase(),
+            requests: self.pending.len(),
+            rings: self.rings.iter().filter(|place| place.served.is_some()).count(),
+            session: format!("{:?}", self.initiator.stats()),
+        }
+    }
+
+    /// Step 1 of a turn: copies what a frame brought to where the guest wants it.
+    pub fn place(&self, frame: &[u8], placements: &[Placement]) {
+        for placement in placements {
+            let (runs, start) =
+                self.pending.data(placement.slot).expect("the core places only into live slots");
+            let bytes = &frame[placement.range.clone()];
+            let placed = self.memory.scatter(runs, start + placement.offset, bytes);
+            placed.expect("requests whose memory went away were taken out when it went");
+        }
+    }
+
+    /// Step 3 of a turn: what the session says has happened.
+    pub fn finish(&mut self, now: Instant) {
+        while let Some(event) = self.initiator.poll_event() {
+            match event {
+                Event::Done { slot, status } => {
+                    self.stalled = false;
+                    if let Some(finished) = self.pending.part_done(now, slot, status) {
+                        self.complete(&finished);
+                    }
+                }
+                Event::Attached(info, access) => {
+                    self.stalled = false;
+                    self.refusal = None;
+                    log::info!("volume {}: open {access:?}, {} sectors", self.volume, info.capacity_sectors);
+                    self.set_info(info);
+                }
+                Event::Changed(info) => {
+                    log::info!("volume {}: has changed, {} sectors", self.volume, info.capacity_sectors);
+                    self.set_info(info);
+                }
+                Event::Refused(status, info) => self.log_refusal(status, &info),
+                Event::Lost(cause) => self.log_loss(cause),
+            }
+        }
+    }
+
+    fn set_info(&mut self, info: VolumeInfo) {
+        self.info = info;
+        self.limits = Limits {
+            capacity_sectors: info.capacity_sectors,
+            read_only: self.read_only || info.flags & VOLUME_READ_ONLY != 0,
+            discard: info.flags & VOLUME_DISCARD != 0,
+            write_zeroes: info.flags & VOLUME_WRITE_ZEROES != 0,
+        };
+        self.pending.set_part_bytes_max(info.request_bytes_max);
+        self.attach.set(info);
+    }
+
+    fn log_refusal(&mut self, status: Status, info: &VolumeInfo) {
+        if self.refusal.replace(status) == Some(status) {
+            return;
+        }
+        match status {
+            Status::Busy => log::warn!(
+                "volume {}: another attachment holds it (epoch {}); waiting for it to let go. If it is gone for good, start with --take-over",
+                self.volume,
+                info.vol_epoch
+            ),
+            Status::Fenced => log::error!(
+                "volume {}: another attachment took it over; writes fail. Stop this disk, or take the volume back with --take-over",
+                self.volume
+            ),
+            _ => log::warn!(
+                "volume {}: the node refuses it ({status:?}); asking again until it agrees",
+                self.volume
+            ),
+        }
+    }
+
+    fn log_loss(&self, cause: LossCause) {
+        let kept = self.pending.len();
+        match cause {
+            LossCause::Dead => {
+                log::warn!("volume {}: the node does not answer; {kept} requests wait for it", self.volume);
+            }
+            LossCause::Reset
+            | LossCause::Closed(_)
+            | LossCause::NarrowPath
+            | LossCause::WiderPath
+            | LossCause::Abandoned => {
+                log::info!(
+                    "volume {}: session over ({cause:?}); {kept} requests go on in the next",
+                    self.volume
+                );
+            }
+        }
+    }
+
+    fn complete(&mut self, finished: &Finished) {
+        self.stats.finished(finished);
+        let Admission { ring, head, status_at, .. } = finished.admission;
+        self.answer(ring, head, Some(status_at), finished.status, finished.used_bytes);
+    }
+
+    /// Writes the status byte and gives the head back.
+    fn answer(&mut self, ring: u16, head: u16, status_at: Option<u64>, status: u8, used_bytes: u32) {
+        let told = status_at.is_some_and(|at| self.memory.write(at, &[status]).is_ok());
+        let used_bytes = if told { used_bytes } else { 0 };
+        self.change_ring_with_memory(ring, |served, memory| served.give(memory, head, used_bytes));
+    }
+
+    /// Step 4 of a turn: takes requests off the rings while there is room. True if a ring may have more although there is room.
+    pub fn accept(&mut self, now: Instant) -> bool {
+        let mut more = false;
+        self.submit_waiting(now);
+        let rings = self.rings.len();
+        self.first_ring = (self.first_ring + 1) % rings;
+        let first = self.first_ring;
+        for ring in (0..rings).map(|index| (first + index) % rings) {
+            let mut taken = 0;
+            while taken < HEADS_PER_TURN_MAX && self.has_room() && self.accept_one(now, ring as u16) {
+                taken += 1;
+            }
+            more |= taken == HEADS_PER_TURN_MAX;
+        }
+        more && self.has_room()
+    }
+
+    /// True if a request that is taken off a ring now can be given to the session at once.
+    fn has_room(&self) -> bool {
+        !self.pending.has_waiting() && self.initiator.free_slots() > 0
+    }
+
+    fn submit_waiting(&mut self, now: Instant) {
+        while let Some(part) = self.pending.next_part() {
+            let Some(slot) = self.initiator.submit(part.op, part.offset, part.len) else { break };
+            self.pending.submitted(now, slot);
+        }
+    }
+
+    /// Takes one request off a ring; false when there is none.
+    fn accept_one(&mut self, now: Instant, ring: u16) -> bool {
+        let Some(served) = &mut self.rings[usize::from(ring)].served else { return false };
+        let head = match served.take(&self.memory) {
+            Ok(Some(head)) => head,
+            Ok(None) => return false,
+            Err(broken) => {
+                self.stats.rings_broken.add(1);
+                log::error!(
+                    "volume {}: ring {ring} is served no more: {broken}; reset the guest's driver",
+                    self.volume
+                );
+                return false;
+            }
+        };
+        let request = self.chain.parse(&self.memory, served.table(), head, &self.limits);
+        let status_at = self.chain.status_at;
+        match (request, status_at) {
+            (Ok(request), Some(at)) => self.begin(now, (ring, head), at, request),
+            (Ok(_), None) => unreachable!("a request without a place for its status is rejected"),
+            (Err(reject), status_at) => {
+                self.stats.rejected(reject);
+                log::debug!("volume {}: ring {ring}: request refused: {reject}", self.volume);
+                self.answer(ring, head, status_at, reject.status(), 1);
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self, now: Instant, (ring, head): (u16, u16), status_at: u64, request: Request) {
+        let admission = |op, offset, len| Admission {
+            ring,
+            head,
+            status_at,
+            op,
+            offset,
+            len,
+            flush_after: self.write_through
+                && op != Op::Read
+                && op != Op::Flush
+                && self.info.flags & VOLUME_WRITE_THROUGH == 0,
+        };
+        let ok = VIRTIO_BLK_S_OK as u8;
+        let admitted = match request {
+            Request::Data { len: 0, .. } | Request::Range { sectors: 0, .. } => {
+                self.stats.answered_here.add(1);
+                return self.answer(ring, head, Some(status_at), ok, 1);
+            }
+            Request::GetId => {
+                self.stats.answered_here.add(1);
+                let (status, used_bytes) =
+                    self.write_serial().map_or((VIRTIO_BLK_S_IOERR as u8, 1), |len| (ok, len + 1));
+                return self.answer(ring, head, Some(status_at), status, used_bytes);
+            }
+            Request::Data { op, offset, len } => admission(op, offset, len),
+            Request::Flush => admission(Op::Flush, 0, 0),
+            Request::Range { op, offset, sectors } => admission(op, offset, sectors),
+        };
+        self.pending.admit(now, admitted, &mut self.chain.data);
+        self.submit_waiting(now);
+    }
+
+    /// The serial number goes into the request's data, or as much of it as fits (virtio 1.2, section 5.2.6).
+    fn write_serial(&self) -> Result<u32, Outside> {
+        let room = self.chain.data.last().map_or(0, |run| run.start + run.len);
+        let len = room.min(SERIAL_BYTES as u32);
+        self.memory.scatter(&self.chain.data, 0, &self.info.serial[..len as usize])?;
+        Ok(len)
+    }
+
+    /// Step 5 of a turn, for one piece of data in a frame: the guest's own memory, or a private copy of a piece that was lost too often. Appends the
+    /// piece's checksums.
+    pub fn add_payload(
+        &self,
+        payload: &PayloadRef,
+        copies: &mut PrivateCopies,
+        crcs: &mut Vec<u32>,
+        mut each: impl FnMut(cirro_link::Run),
+    ) {
+        let (runs, start) = self.pending.data(payload.slot).expect("the core sends only from live slots");
+        let (offset, len) = (start + payload.offset, payload.len);
+        let added = if payload.losses >= PRIVATE_AFTER_LOSSES {
+            copies.copy(&self.memory, runs, (offset, len), crcs).map(each)
+        } else {
+            self.add_in_place(runs, (offset, len), crcs, &mut each)
+        };
+        added.expect("requests whose memory went away were taken out when it went");
+    }
+
+    fn add_in_place(
+        &self,
+        runs: &[crate::guest_memory::GuestRun],
+        (offset, len): (u32, u32),
+        crcs: &mut Vec<u32>,
+        each: &mut impl FnMut(cirro_link::Run),
+    ) -> Result<(), Outside> {
+        let block = cirro_protocol::types::BLOCK_BYTES as u32;
+        for at in (0..len).step_by(block as usize) {
+            crcs.push(self.memory.crc32c(runs, offset + at, block.min(len - at))?);
+        }
+        self.memory.name(runs, offset, len, each)
+    }
+
+    /// Step 6 of a turn: one signal per ring, if its guest wants one.
+    pub fn signal(&mut self) {
+        for place in &mut self.rings {
+            if place.served.as_mut().is_some_and(|served| served.signal(&self.memory)) {
+                self.stats.interrupts.add(1);
+            }
+        }
+    }
+
+    fn begin_stop(&mut self, now: Instant, ring: u16, reply: Reply) {
+        let deadline = if self.stalled { now } else { now + STOP_TIME };
+        match &mut self.rings[usize::from(ring)].served {
+            Some(served) => {
+                served.stopping = Some(Stopping { deadline, reply });
+                self.kick_changes.push(KickChange::Forget(ring));
+            }
+            None => reply.give(Answer::Stopped { next_avail: 0, unfinished: 0 }),
+        }
+    }
+
+    /// Ends the rings that are to stop and have nothing in flight, or waited long enough. True if one ended: the session may have something to say.
+    pub fn end_stops(&mut self, now: Instant) -> bool {
+        let mut ended = false;
+        for ring in 0..self.rings.len() as u16 {
+            let Some(served) = &self.rings[usize::from(ring)].served else { continue };
+            let Some(stopping) = &served.stopping else { continue };
+            if served.live() == 0 {
+                self.end_ring(ring, Vec::new());
+            } else if now >= stopping.deadline {
+                let unfinished = self.give_up(now, ring);
+                self.end_ring(ring, unfinished);
+            } else {
+                continue;
+            }
+            ended = true;
+        }
+        ended
+    }
+
+    /// Ends the session, so that nothing of it can touch the guest any more, and takes out the requests of `ring`; those of other rings start again.
+    fn give_up(&mut self, now: Instant, ring: u16) -> Vec<u16> {
+        self.initiator.abandon(now);
+        self.pending.restart_all();
+        self.stalled = true;
+        let gone = self.pending.take_out(now, |admission, _| admission.ring == ring);
+        gone.iter().map(|finished| finished.admission.head).collect()
+    }
+
+    fn end_ring(&mut self, ring: u16, unfinished: Vec<u16>) {
+        let place = &mut self.rings[usize::from(ring)];
+        let served = place.served.take().expect("a ring that stops is served");
+        let (next_avail, parked, stopping) = served.end(unfinished);
+        let count = parked.len() as u16;
+        place.parked = (!parked.is_empty()).then_some(parked);
+        self.choose_access();
+        if let Some(stopping) = stopping {
+            stopping.reply.give(Answer::Stopped { next_avail, unfinished: count });
+        }
+    }
+
+    /// When something is due although nothing comes in.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let stops = self.rings.iter().filter_map(|place| place.served.as_ref()?.stopping.as_ref());
+        stops.map(|stopping| stopping.deadline).chain(self.initiator.poll_timeout()).min()
+    }
+
+    /// Asks every guest ring to kick for new requests. True if there are some that could be taken now.
+    pub fn listen(&mut self) -> bool {
+        let has_room = self.has_room();
+        let mut found = false;
+        for place in &mut self.rings {
+            found |= place.served.as_mut().is_some_and(|served| served.listen(&self.memory));
+        }
+        found && has_room
+    }
+
+    /// Requests refused for `reject` so far.
+    pub fn rejects(&self, reject: Reject) -> u64 {
+        self.stats.rejects(reject)
+    }
+}

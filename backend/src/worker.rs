@@ -1,0 +1,293 @@
+//! A worker: one link, its disks, and [`Worker::turn`], one pass over everything that can be done without waiting.
+//!
+//! Knows the order of things and the seals of frames; does not know threads, clocks, sleeping or vhost-user: `server` calls it, and so does the simulator.
+//! Events only say "take a turn"; nothing here blocks.
+
+use std::sync::Arc;
+
+use cirro_link::{FrameId, Link};
+use cirro_protocol::time::Instant;
+use cirro_protocol::types::{Cid, Steer};
+use cirro_protocol::wire::ethernet::Ethernet;
+use cirro_protocol::wire::long::LongFrame;
+use cirro_protocol::wire::{Frame, Header};
+use cirro_protocol::{PayloadRef, Placement, SealWith};
+use cirro_seal::{Mismatch, Nonces, open_crc, open_long, seal_crc, seal_long};
+
+use crate::disk::{Disk, KickChange};
+use crate::guest_memory::PrivateCopies;
+use crate::mailbox::{DiskId, Inbox};
+use crate::stats::{Drop, WorkerStats};
+
+/// Frames taken from the link in a turn: what a 1 MiB request brings at the smallest piece is 768; a turn stays below a millisecond with fewer.
+pub const FRAMES_PER_TURN_MAX: usize = 256;
+/// Handshake frames looked at in a turn.
+pub const LONG_PER_TURN_MAX: usize = 16;
+/// Bytes a session may send in a turn before the next one has its chance.
+pub const BYTES_PER_TURN_MAX: usize = 64 << 10;
+/// Commands obeyed in a turn.
+pub const COMMANDS_PER_TURN_MAX: usize = 64;
+
+/// What a turn found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// There is more to do at once.
+    pub busy: bool,
+    /// Something moved: a frame came or went. Spinning is worth while.
+    pub active: bool,
+    /// When something is due although nothing comes in.
+    pub wake_at: Option<Instant>,
+}
+
+/// A disk of a worker.
+struct Place {
+    id: DiskId,
+    disk: Disk,
+}
+
+/// What a turn needs and the next one uses again.
+#[derive(Default)]
+struct Scratch {
+    placements: Vec<Placement>,
+    payloads: Vec<PayloadRef>,
+    crcs: Vec<u32>,
+    refused: Vec<FrameId>,
+    copies: PrivateCopies,
+}
+
+/// A worker.
+pub struct Worker<L> {
+    link: L,
+    steer: Steer,
+    inbox: Inbox,
+    disks: Vec<Place>,
+    first_disk: usize,
+    scratch: Scratch,
+    stats: Arc<WorkerStats>,
+}
+
+impl<L: Link> Worker<L> {
+    /// A worker without disks. `steer` is what its frames carry.
+    pub fn new(link: L, steer: Steer, inbox: Inbox, stats: Arc<WorkerStats>) -> Worker<L> {
+        Worker { link, steer, inbox, disks: Vec::new(), first_disk: 0, scratch: Scratch::default(), stats }
+    }
+
+    /// Adds a disk; its place is the `cid_index` its initiator was made with: the number of disks before it.
+    pub fn add(&mut self, id: DiskId, disk: Disk) {
+        assert!(self.disks.len() < Cid::TABLE_MAX, "a worker addresses 4096 disks");
+        self.disks.push(Place { id, disk });
+    }
+
+    /// The link, for what is outside of a turn: its descriptor, its layers.
+    pub fn link(&mut self) -> &mut L {
+        &mut self.link
+    }
+
+    /// Where commands come in.
+    pub fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// One pass over everything. Always in this order.
+    pub fn turn(&mut self, now: Instant) -> Turn {
+        self.stats.turns.add(1);
+        let commands_left = self.obey(now);
+        let (received, link_empty) = self.receive(now);
+        if self.link.take_changed() {
+            let (address, mtu) = (self.link.address(), self.link.mtu() as u16);
+            self.disks.iter_mut().for_each(|place| place.disk.initiator.link_changed(now, address, mtu));
+        }
+        if link_empty {
+            for place in &mut self.disks {
+                place.disk.initiator.handle_timeout(now);
+            }
+        }
+        for place in &mut self.disks {
+            place.disk.finish(now);
+        }
+        let mut more = false;
+        for place in &mut self.disks {
+            more |= place.disk.accept(now);
+        }
+        let (sent, unsent) = self.transmit(now);
+        for place in &mut self.disks {
+            place.disk.signal();
+            more |= place.disk.end_stops(now);
+        }
+        let deadlines = self.disks.iter().filter_map(|place| place.disk.next_deadline());
+        let wake_at = deadlines.chain(self.link.poll_timeout()).min();
+        Turn { busy: commands_left || !link_empty || more || unsent, active: received + sent > 0, wake_at }
+    }
+
+    /// Asks every ring to kick for what comes; to be called before sleeping. False: something came meanwhile, take a turn instead.
+    pub fn may_sleep(&mut self) -> bool {
+        let mut found = false;
+        for place in &mut self.disks {
+            found |= place.disk.listen();
+        }
+        !found
+    }
+
+    /// The kick descriptors that came and went, with their disks. A simulator that calls every turn itself may ignore them.
+    pub fn kick_changes(&mut self) -> impl Iterator<Item = (DiskId, KickChange)> + '_ {
+        self.disks
+            .iter_mut()
+            .flat_map(|place| place.disk.kick_changes.drain(..).map(|change| (place.id, change)))
+    }
+
+    /// Obeys what the vhost side asks. True if there may be more.
+    fn obey(&mut self, now: Instant) -> bool {
+        for _ in 0..COMMANDS_PER_TURN_MAX {
+            let Some(command) = self.inbox.take() else { return false };
+            if let Some(place) = self.disks.iter_mut().find(|place| place.id == command.disk) {
+                place.disk.obey(now, command.change, command.reply);
+            }
+        }
+        true
+    }
+
+    /// Takes frames. How many, and whether the link has no more.
+    fn receive(&mut self, now: Instant) -> (usize, bool) {
+        let mut long_left = LONG_PER_TURN_MAX;
+        for count in 0..FRAMES_PER_TURN_MAX {
+            let Some(received) = self.link.receive() else { return (count, true) };
+            self.stats.frames_in.add(1);
+            let (bytes, arrival) = (received.bytes, received.arrival);
+            let is_long = bytes.get(cirro_protocol::types::ETHERNET_BYTES..).and_then(Header::is_long);
+            let taken = match is_long {
+                None => Err(Drop::Malformed),
+                Some(true) if long_left == 0 => Err(Drop::HandshakeFlood),
+                Some(true) => {
+                    long_left -= 1;
+                    take_long(&mut self.disks, now, bytes)
+                }
+                Some(false) => take_short(
+                    &mut self.disks,
+                    (now, arrival),
+                    self.steer,
+                    bytes,
+                    &mut self.scratch.placements,
+                ),
+            };
+            if let Err(drop) = taken {
+                self.stats.dropped(drop);
+            }
+        }
+        (FRAMES_PER_TURN_MAX, false)
+    }
+
+    /// Sends what there is to send and the link takes. How many frames, and whether a session has more that its share did not allow.
+    fn transmit(&mut self, now: Instant) -> (usize, bool) {
+        let (mut sent, mut unsent) = (0, false);
+        let disks = self.disks.len();
+        self.first_disk = (self.first_disk + 1) % disks.max(1);
+        let first = self.first_disk;
+        'disks: for index in (0..disks).map(|index| (first + index) % disks) {
+            let mut bytes = 0;
+            loop {
+                if bytes >= BYTES_PER_TURN_MAX {
+                    unsent = true;
+                    break;
+                }
+                match self.send_one(now, index) {
+                    Sent::Frame(len) => {
+                        bytes += len;
+                        sent += 1;
+                    }
+                    Sent::Nothing => break,
+                    Sent::NoRoom => {
+                        unsent = sent > 0;
+                        break 'disks;
+                    }
+                }
+            }
+        }
+        self.flush(now);
+        (sent, unsent)
+    }
+
+    fn send_one(&mut self, now: Instant, index: usize) -> Sent {
+        if !self.scratch.copies.has_room() {
+            self.flush(now);
+        }
+        let Scratch { payloads, crcs, copies, .. } = &mut self.scratch;
+        let Some(frame) = self.link.frame() else { return Sent::NoRoom };
+        let disk = &mut self.disks[index].disk;
+        payloads.clear();
+        crcs.clear();
+        let Some(transmit) = disk.initiator.poll_transmit(now, &mut frame.head, payloads) else {
+            return Sent::Nothing;
+        };
+        for payload in payloads.iter() {
+            if payload.losses >= crate::disk::PRIVATE_AFTER_LOSSES {
+                self.stats.private_copies.add(1);
+            }
+            disk.add_payload(payload, copies, crcs, |run| frame.push_run(payload.at, run));
+        }
+        for crc in crcs.iter() {
+            frame.head.extend_from_slice(&crc.to_le_bytes());
+        }
+        match transmit.seal {
+            SealWith::Long => seal_long(&mut frame.head),
+            SealWith::Session(sender, receiver) => seal_crc(Nonces { sender, receiver }, &mut frame.head),
+        }
+        let len = frame.frame_bytes();
+        self.link.commit(FrameId { session: index as u32, pn: transmit.pn });
+        self.stats.frames_out.add(1);
+        Sent::Frame(len)
+    }
+
+    /// Gives the batch to the kernel. Afterwards no guest memory and no private copy is looked at any more.
+    fn flush(&mut self, now: Instant) {
+        let Scratch { refused, copies, .. } = &mut self.scratch;
+        refused.clear();
+        self.link.flush(refused);
+        copies.clear();
+        for id in refused.iter() {
+            self.stats.frames_refused.add(1);
+            self.disks[id.session as usize].disk.initiator.not_sent(now, id.pn);
+        }
+    }
+}
+
+enum Sent {
+    Frame(usize),
+    Nothing,
+    NoRoom,
+}
+
+/// A handshake frame names no session that could be looked up, so each disk says whether it is for it.
+fn take_long(disks: &mut [Place], now: Instant, bytes: &[u8]) -> Result<(), Drop> {
+    let frame = LongFrame::parse(bytes).map_err(|_| Drop::Malformed)?;
+    open_long(bytes).map_err(|_| Drop::Handshake)?;
+    for place in disks {
+        place.disk.initiator.handle_long(now, &frame);
+    }
+    Ok(())
+}
+
+/// All checksums are checked before the core sees the frame; what it brought is in the guest before the next is looked at.
+fn take_short(
+    disks: &mut [Place],
+    (now, arrival): (Instant, Instant),
+    steer: Steer,
+    bytes: &[u8],
+    placements: &mut Vec<Placement>,
+) -> Result<(), Drop> {
+    let frame = Frame::parse(bytes).map_err(|_| Drop::Malformed)?;
+    if frame.header.steer != steer {
+        return Err(Drop::OtherWorker);
+    }
+    let source = Ethernet::parse(bytes).map_err(|_| Drop::Malformed)?.source;
+    let cid = frame.header.cid;
+    let disk = &mut disks.get_mut(cid.index()).ok_or(Drop::NoSession)?.disk;
+    let (sender, receiver) = disk.initiator.nonces_in(cid, source).ok_or(Drop::NoSession)?;
+    open_crc(Nonces { sender, receiver }, &frame).map_err(|mismatch| match mismatch {
+        Mismatch::Tag | Mismatch::Mode => Drop::Tag,
+        Mismatch::Payload { .. } => Drop::Payload,
+    })?;
+    placements.clear();
+    disk.initiator.handle_frame(now, arrival, &frame, placements);
+    disk.place(bytes, placements);
+    Ok(())
+}
