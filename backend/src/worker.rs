@@ -35,6 +35,8 @@ pub struct Turn {
     pub busy: bool,
     /// Something moved: a frame came or went. Spinning is worth while.
     pub active: bool,
+    /// The link was opened anew: its descriptor is another.
+    pub link_changed: bool,
     /// When something is due although nothing comes in.
     pub wake_at: Option<Instant>,
 }
@@ -83,6 +85,11 @@ impl<L: Link> Worker<L> {
         &mut self.link
     }
 
+    /// The worker goes to sleep.
+    pub fn slept(&self) {
+        self.stats.sleeps.add(1);
+    }
+
     /// Where commands come in.
     pub fn inbox(&self) -> &Inbox {
         &self.inbox
@@ -93,7 +100,8 @@ impl<L: Link> Worker<L> {
         self.stats.turns.add(1);
         let commands_left = self.obey(now);
         let (received, link_empty) = self.receive(now);
-        if self.link.take_changed() {
+        let link_changed = self.link.take_changed();
+        if link_changed {
             let (address, mtu) = (self.link.address(), self.link.mtu() as u16);
             self.disks.iter_mut().for_each(|place| place.disk.initiator.link_changed(now, address, mtu));
         }
@@ -116,7 +124,12 @@ impl<L: Link> Worker<L> {
         }
         let deadlines = self.disks.iter().filter_map(|place| place.disk.next_deadline());
         let wake_at = deadlines.chain(self.link.poll_timeout()).min();
-        Turn { busy: commands_left || !link_empty || more || unsent, active: received + sent > 0, wake_at }
+        Turn {
+            busy: commands_left || !link_empty || more || unsent,
+            active: received + sent > 0,
+            link_changed,
+            wake_at,
+        }
     }
 
     /// Asks every ring to kick for what comes; to be called before sleeping. False: something came meanwhile, take a turn instead.

@@ -1,0 +1,415 @@
+//! The threads: one per worker, which sleeps when its turns find nothing, and one per disk, which talks to the VMM.
+//!
+//! Knows waiting and connections; does not know rings' contents or frames. Called by `main`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use cirro_ctl::stop::Stop;
+use cirro_link::wait::Waiter;
+use cirro_link::{Link, clock};
+use cirro_protocol::time::Nanos;
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::attach::Attach;
+use crate::config::{DiskEntry, Socket};
+use crate::config_space::Identity;
+use crate::device::Device;
+use crate::disk::KickChange;
+use crate::guest_memory::Regions;
+use crate::inherited;
+use crate::mailbox::{Answer, Change, DiskId, Mailbox};
+use crate::ring::born_for;
+use crate::worker::Worker;
+
+/// Tokens of what a worker waits for; kicks come after them.
+const TOKEN_BELL: u64 = 0;
+const TOKEN_LINK: u64 = 1;
+const TOKEN_KICKS: u64 = 2;
+/// How often a thread that waits for a volume looks whether the process is to end.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often it says that it still waits.
+const SAY_EVERY: u32 = 600;
+/// How long the end of the process waits for the node to take a volume back.
+const RELEASE_TIME: Duration = Duration::from_millis(500);
+
+/// A link that can be waited for.
+pub trait WaitableLink: Link {
+    /// What becomes readable when a frame comes; `None` while the interface is away.
+    fn readable(&self) -> Option<BorrowedFd<'_>>;
+}
+
+impl WaitableLink for cirro_link::packet::PacketLink {
+    fn readable(&self) -> Option<BorrowedFd<'_>> {
+        self.socket()
+    }
+}
+
+/// Runs a worker's turns until `ended` is set and its bell rings. Spins up to `poll` before it sleeps.
+///
+/// # Errors
+/// The kernel has no descriptors or memory left for waiting.
+pub fn run_worker<L: WaitableLink>(mut worker: Worker<L>, ended: &AtomicBool, poll: Nanos) -> io::Result<()> {
+    let mut waits = Waits::new(&mut worker)?;
+    let mut moved_at = clock::now();
+    while !ended.load(Ordering::Relaxed) {
+        let now = clock::now();
+        let turn = worker.turn(now);
+        waits.follow(&mut worker, turn.link_changed)?;
+        if turn.busy || turn.active {
+            moved_at = now;
+            continue;
+        }
+        if now.since(moved_at) < poll {
+            std::hint::spin_loop();
+            continue;
+        }
+        if !worker.may_sleep() {
+            continue;
+        }
+        worker.slept();
+        let timeout = turn.wake_at.map(|at| at.since(clock::now()));
+        waits.sleep(&worker, timeout)?;
+        moved_at = clock::now();
+    }
+    Ok(())
+}
+
+/// What a worker waits for.
+struct Waits {
+    waiter: Waiter,
+    kicks: Vec<(u64, File)>,
+    ready: Vec<u64>,
+}
+
+impl Waits {
+    fn new<L: WaitableLink>(worker: &mut Worker<L>) -> io::Result<Waits> {
+        let waiter = Waiter::new()?;
+        waiter.add(worker.inbox().bell(), TOKEN_BELL)?;
+        let mut waits = Waits { waiter, kicks: Vec::new(), ready: Vec::new() };
+        waits.watch_link(worker)?;
+        Ok(waits)
+    }
+
+    fn watch_link<L: WaitableLink>(&mut self, worker: &mut Worker<L>) -> io::Result<()> {
+        // The descriptor of before has left the set by being closed.
+        worker.link().readable().map_or(Ok(()), |fd| self.waiter.add(fd, TOKEN_LINK))
+    }
+
+    /// Waits for other descriptors when a turn changed them.
+    fn follow<L: WaitableLink>(&mut self, worker: &mut Worker<L>, link_changed: bool) -> io::Result<()> {
+        if link_changed {
+            self.watch_link(worker)?;
+        }
+        let Waits { waiter, kicks, .. } = self;
+        for (disk, change) in worker.kick_changes() {
+            let token = |ring: u16| TOKEN_KICKS + (u64::from(disk.0) << 16 | u64::from(ring));
+            let (KickChange::Watch(ring, _) | KickChange::Forget(ring)) = &change;
+            let token = token(*ring);
+            if let Some(place) = kicks.iter().position(|(of, _)| *of == token) {
+                let (_, old) = kicks.swap_remove(place);
+                waiter.remove(old.as_fd())?;
+            }
+            if let KickChange::Watch(_, kick) = change {
+                // What cannot be waited for is no eventfd: its ring is served when the worker is awake anyway.
+                match waiter.add(kick.as_fd(), token) {
+                    Ok(()) => kicks.push((token, kick)),
+                    Err(error) => log::error!("disk {}: cannot wait for a ring's kick: {error}", disk.0),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sleep<L: WaitableLink>(&mut self, worker: &Worker<L>, timeout: Option<Nanos>) -> io::Result<()> {
+        self.waiter.wait(timeout, &mut self.ready)?;
+        for token in &self.ready {
+            match *token {
+                TOKEN_BELL => worker.inbox().hush(),
+                TOKEN_LINK => {}
+                kick => {
+                    if let Some((_, file)) = self.kicks.iter().find(|(of, _)| *of == kick) {
+                        // It was readable a moment ago, and we are its only reader: this does not block.
+                        let _ = (&mut &*file).read(&mut [0; 8]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A disk as its thread serves it.
+pub struct DiskServer {
+    /// Which disk.
+    pub id: DiskId,
+    /// Its configuration.
+    pub entry: DiskEntry,
+    /// The interface, for messages.
+    pub link: String,
+    /// Its worker's mailbox.
+    pub mailbox: Mailbox,
+    /// Where its volume becomes known.
+    pub attach: Arc<Attach>,
+    /// The wish to end.
+    pub stop: Stop,
+    /// Whether a front-end is connected, for whoever asks.
+    pub connected: Arc<AtomicBool>,
+}
+
+impl DiskServer {
+    /// Accepts one front-end after another until the process is to end.
+    ///
+    /// # Errors
+    /// The socket cannot be waited for any more.
+    pub fn run(&self, listening: &Listening) -> io::Result<()> {
+        let current: Arc<Mutex<Option<ShutdownHandle>>> = Arc::default();
+        let watcher = self.watch_stop(&current)?;
+        let result = self.accept_all(listening, &current);
+        self.stop.ask();
+        // The watcher ends when the stop is asked; a panic of it was reported.
+        let _ = watcher.join();
+        self.release();
+        result
+    }
+
+    fn watch_stop(
+        &self,
+        current: &Arc<Mutex<Option<ShutdownHandle>>>,
+    ) -> io::Result<std::thread::JoinHandle<()>> {
+        let (stop, current) = (self.stop.clone(), Arc::clone(current));
+        std::thread::Builder::new().name(format!("stop-{}", self.entry.volume)).spawn(move || {
+            stop.wait();
+            if let Some(handle) = &*lock(&current) {
+                handle.shutdown();
+            }
+        })
+    }
+
+    fn accept_all(&self, listening: &Listening, current: &Mutex<Option<ShutdownHandle>>) -> io::Result<()> {
+        let mut listener = Listener::from(listening.listener.try_clone()?);
+        let mut waiter = Waiter::new()?;
+        waiter.add(listening.listener.as_fd(), 0)?;
+        waiter.add(self.stop.as_fd(), 1)?;
+        let mut ready = Vec::new();
+        while self.wait_for_volume() {
+            waiter.wait(None, &mut ready)?;
+            if self.stop.is_asked() {
+                break;
+            }
+            if ready.contains(&0) {
+                self.serve_connection(&mut listener, current);
+            }
+        }
+        Ok(())
+    }
+
+    /// A front-end that connects meanwhile waits in the socket's queue. False: the process is to end.
+    fn wait_for_volume(&self) -> bool {
+        for look in 0u32.. {
+            if self.stop.is_asked() {
+                return false;
+            }
+            if self.attach.wait(LOOK_EVERY).is_some() {
+                break;
+            }
+            if look % SAY_EVERY == 0 {
+                log::info!("waiting for a node that serves volume {} on {}", self.entry.volume, self.link);
+            }
+        }
+        !self.stop.is_asked()
+    }
+
+    /// One connection from its start to its end. Whatever a front-end does ends its connection at worst.
+    fn serve_connection(&self, listener: &mut Listener, current: &Mutex<Option<ShutdownHandle>>) {
+        let volume = self.entry.volume;
+        let identity = Identity {
+            volume: self.attach.get().unwrap_or_default(),
+            read_only: self.entry.read_only,
+            queues: self.entry.queues,
+            queue_size_max: self.entry.queue_size,
+        };
+        let device = Device::new(self.id, self.mailbox.clone(), identity);
+        let memory = GuestMemoryAtomic::new(Regions::new());
+        let name = format!("vhost-{volume}");
+        let (daemon, rings) =
+            born_for(self.id, &self.mailbox, || VhostUserDaemon::new(name, device.clone(), memory));
+        device.set_rings(rings);
+        let mut daemon = match daemon {
+            Ok(daemon) => daemon,
+            Err(error) => return log::error!("volume {volume}: cannot make the device: {error}"),
+        };
+        if let Err(error) = daemon.start(listener) {
+            return log::error!(
+                "volume {volume}: cannot accept a front-end on {}: {error}",
+                self.entry.socket
+            );
+        }
+        log::info!("volume {volume}: front-end connected");
+        self.connected.store(true, Ordering::Relaxed);
+        *lock(current) = daemon.shutdown_handle();
+        if self.stop.is_asked() {
+            daemon.request_shutdown();
+        }
+        // An end in the middle of a message, a refused message, a reset: whatever it was, the next connection starts afresh.
+        match daemon.wait() {
+            Ok(()) => log::info!("volume {volume}: front-end disconnected"),
+            Err(error) => log::warn!("volume {volume}: front-end dropped: {error}"),
+        }
+        *lock(current) = None;
+        device.close();
+        self.connected.store(false, Ordering::Relaxed);
+    }
+
+    /// Gives the volume back, and waits a moment for the node to hear of it.
+    fn release(&self) {
+        let mut looks_left = RELEASE_TIME.as_millis() / 5;
+        self.mailbox.ask(self.id, Change::Close);
+        while let Some(Answer::Session(report)) = self.mailbox.ask(self.id, Change::Report) {
+            if !matches!(report.state.as_str(), "opening" | "probing") || looks_left == 0 {
+                break;
+            }
+            looks_left -= 1;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().expect("no holder of this lock panics")
+}
+
+/// A socket that listens for a front-end; its path is removed at the end.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: Option<PathBuf>,
+}
+
+/// Why a socket cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody listens there.
+    #[error("somebody listens on {0} already: end that process, or choose another --socket-path")]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{0} exists and is no socket: remove it, or choose another --socket-path")]
+    NoSocket(PathBuf),
+    /// The system refused.
+    #[error("cannot listen on {path}: {source}; is its directory there and writable?")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The descriptor is unfit.
+    #[error("cannot use --fd {fd}: {source}")]
+    Descriptor {
+        /// Its number.
+        fd: i32,
+        /// What it is.
+        source: io::Error,
+    },
+}
+
+impl Listening {
+    /// Listens on a path, where a socket that nobody listens on any more is replaced, or on a descriptor.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub fn open(socket: &Socket) -> Result<Listening, ListenError> {
+        match socket {
+            Socket::Fd(fd) => inherited::listener(*fd)
+                .map(|listener| Listening { listener, path: None })
+                .map_err(|source| ListenError::Descriptor { fd: *fd, source }),
+            Socket::Path(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path);
+                let listener = listener.map_err(|source| ListenError::Io { path: path.clone(), source })?;
+                Ok(Listening { listener, path: Some(path.clone()) })
+            }
+        }
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Gone already, or its directory is: as it should be.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let failed = |source| ListenError::Io { path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NoSocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(ListenError::InUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(failed)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("cirro-listen-{}-{name}", std::process::id()))
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let path = path("stale");
+        drop(UnixListener::bind(&path).unwrap());
+        let live = Listening::open(&Socket::Path(path.clone())).unwrap();
+        assert!(matches!(Listening::open(&Socket::Path(path.clone())), Err(ListenError::InUse(_))));
+        drop(live);
+        assert!(!path.exists(), "the path is removed at the end");
+    }
+
+    #[test]
+    fn a_file_is_never_removed() {
+        let path = path("file");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(Listening::open(&Socket::Path(path.clone())), Err(ListenError::NoSocket(_))));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_must_be_a_socket_that_listens() {
+        use std::os::fd::{AsRawFd, IntoRawFd};
+        let path = path("fd");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        assert!(inherited::listener(file.as_raw_fd()).unwrap_err().to_string().contains("no socket"));
+        assert!(
+            inherited::listener(stream.into_raw_fd()).unwrap_err().to_string().contains("connected already")
+        );
+        assert!(inherited::listener(1 << 20).unwrap_err().to_string().contains("not open"));
+        let taken = inherited::listener(listener.into_raw_fd()).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(taken.accept().is_ok());
+        std::fs::remove_file(&path).unwrap();
+    }
+}
