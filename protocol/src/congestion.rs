@@ -127,6 +127,7 @@ mod tests {
 
     const RTT: Nanos = Nanos::from_micros(100);
 
+    /// P-50
     #[test]
     fn window_grows_while_delay_stays_at_its_minimum() {
         let mut c = Congestion::new(9000);
@@ -136,6 +137,7 @@ mod tests {
         assert_eq!(c.window_bytes(), WINDOW_BYTES_MAX);
     }
 
+    /// P-51
     #[test]
     fn window_shrinks_only_when_delay_stays_high_for_three_round_trips() {
         let mut c = Congestion::new(9000);
@@ -150,6 +152,7 @@ mod tests {
         assert_eq!(c.window_bytes(), grown / 2);
     }
 
+    /// P-51
     #[test]
     fn light_loss_costs_a_tenth_and_never_more_than_the_floor() {
         let mut c = Congestion::new(9000);
@@ -168,6 +171,7 @@ mod tests {
         assert_eq!(c.window_bytes(), WINDOW_FLOOR_BYTES);
     }
 
+    /// P-51
     #[test]
     fn heavy_loss_goes_below_the_floor_but_never_to_a_stop() {
         let mut c = Congestion::new(9000);

@@ -140,6 +140,7 @@ const _: () =
 mod tests {
     use super::*;
 
+    /// P-57
     #[test]
     fn piece_sizes_are_those_of_the_specification() {
         assert_eq!(piece_bytes_for_mtu(1500), 1368);
@@ -149,6 +150,7 @@ mod tests {
         assert_eq!(piece_bytes_for_mtu(65535), 61440);
     }
 
+    /// P-58
     #[test]
     fn pieces_cover_the_data_once_and_are_found_again() {
         for piece in LADDER {

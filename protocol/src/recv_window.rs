@@ -198,6 +198,7 @@ mod tests {
         }
     }
 
+    /// P-35
     #[test]
     fn a_number_is_new_once_and_never_when_too_old_to_tell() {
         let mut window = window_with(&[5, 9000]);
@@ -209,6 +210,7 @@ mod tests {
         assert!(window.is_new(19_999) && !window.is_new(20_000));
     }
 
+    /// P-36 P-38
     #[test]
     fn an_ack_is_due_at_once_for_a_new_gap_and_later_else() {
         let mut window = RecvWindow::new(Nanos(50_000));
@@ -223,6 +225,7 @@ mod tests {
         assert_eq!(window.ack_at(), None, "a frame that does not ask never causes an ack");
     }
 
+    /// P-37
     #[test]
     fn sixteen_frames_do_not_wait_for_the_delay() {
         let mut window = RecvWindow::new(Nanos(50_000));
@@ -234,6 +237,7 @@ mod tests {
         assert_eq!(window.ack_at(), Some(Instant(10)));
     }
 
+    /// P-39
     #[test]
     fn ranges_say_what_the_bitmap_cannot() {
         let mut window = window_with(&[1, 2, 3, 7, 8]);

@@ -88,6 +88,7 @@ impl Rtt {
 mod tests {
     use super::*;
 
+    /// P-44
     #[test]
     fn first_sample_sets_both_estimates_as_rfc_6298_says() {
         let mut rtt = Rtt::new(Instant(0));
@@ -108,6 +109,7 @@ mod tests {
         assert_eq!(rtt.min(), Nanos(40));
     }
 
+    /// P-44
     #[test]
     fn an_ack_delay_longer_than_the_sample_is_not_believed() {
         let mut rtt = Rtt::new(Instant(0));

@@ -383,6 +383,7 @@ mod tests {
         assert_eq!(window.in_flight_bytes(), 1000);
     }
 
+    /// P-42
     #[test]
     fn a_frame_is_lost_after_three_later_acks_or_after_its_time() {
         let (mut window, mut verdicts) = (sent(5), Verdicts::default());
@@ -396,6 +397,7 @@ mod tests {
         assert_eq!((slots(&verdicts.lost), verdicts.lost[0].losses), (vec![1, 2], 1));
     }
 
+    /// P-42
     #[test]
     fn an_ack_after_a_loss_counts_as_spurious_and_widens_the_threshold() {
         let (mut window, mut verdicts) = (sent(8), Verdicts::default());

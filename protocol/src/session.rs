@@ -125,7 +125,8 @@ pub(crate) struct Session {
     ack_now: bool,
     /// A PING leaves in a frame of its own: small, so that it passes where a full one does not.
     ping_alone: bool,
-    rest_until: Instant,
+    /// Sending rests until then, after the link refused a frame.
+    rest_until: Option<Instant>,
     rest: Nanos,
     was_limited: bool,
 }
@@ -207,7 +208,7 @@ impl Session {
             loss_at: None,
             ack_now: false,
             ping_alone: false,
-            rest_until: now,
+            rest_until: None,
             rest: REFUSED_REST_MIN,
             was_limited: false,
             config,
@@ -338,8 +339,9 @@ impl Session {
 
     /// When [`Session::handle_timeout`] or a pending ack has something to do.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
-        let timers = [self.loss_at, self.probe_at(), self.received.ack_at()];
-        timers.into_iter().flatten().min().map(|at| at.max(self.rest_until))
+        let timers = [self.loss_at, self.probe_at(), self.received.ack_at(), self.rest_until];
+        let next = timers.into_iter().flatten().min();
+        next.map(|at| self.rest_until.map_or(at, |rest_until| at.max(rest_until)))
     }
 
     /// Frames become lost by time; a tail that nobody acks is given up and sent again. Run it only after the link was found empty.
@@ -361,8 +363,8 @@ impl Session {
     pub(crate) fn not_sent(&mut self, now: Instant, pn: u64, stats: &mut Stats) {
         stats.frames_refused += 1;
         self.sent.lose_one(pn, &mut self.verdicts);
-        if self.rest_until <= now {
-            self.rest_until = now + self.rest;
+        if self.rest_until.is_none() {
+            self.rest_until = Some(now + self.rest);
             self.rest = self.rest.times(2).min(REFUSED_REST_MAX);
         }
     }
@@ -386,8 +388,10 @@ impl Session {
         }
         let mut writer = self.begin(now, credit, head, payloads);
         writer.push(Message::bare(Kind::Ping), &[]);
-        self.ack_now = true;
-        Some(self.finish(now, writer, stats))
+        let ask_again = core::mem::replace(&mut self.ack_now, true);
+        let transmit = self.finish(now, writer, stats);
+        self.ack_now = ask_again;
+        Some(transmit)
     }
 
     /// True if a frame must leave although no message waits.
@@ -397,7 +401,7 @@ impl Session {
 
     /// True if a frame can leave now.
     pub(crate) fn can_send(&self, now: Instant) -> bool {
-        self.rest_until <= now && self.sent.has_room(MESSAGES_MAX)
+        self.rest_until.is_none_or(|at| at <= now) && self.sent.has_room(MESSAGES_MAX)
     }
 
     /// Starts a frame. `credit` goes into its header.
@@ -408,6 +412,7 @@ impl Session {
         head: &'a mut Vec<u8>,
         payloads: &'a mut Vec<PayloadRef>,
     ) -> FrameWriter<'a> {
+        self.rest_until = None;
         let c = &self.config;
         Ethernet { destination: c.peer, source: c.address, ethertype: c.ethertype }.emit(head);
         let ack = self.received.ack(now);

@@ -63,6 +63,7 @@ fn verify(pair: &mut Pair, count: usize, depth: usize, largest: usize) {
     assert!(model == pair.node.volume, "volume and model differ");
 }
 
+/// P-06 P-14 P-16: at every MTU no frame is too long, reads end by data alone, lengths count what they should.
 #[test]
 fn every_request_ends_once_with_the_right_data_on_a_clean_wire() {
     for mtu in [1500, 2200, 4500, 9000, 65535] {
@@ -73,7 +74,7 @@ fn every_request_ends_once_with_the_right_data_on_a_clean_wire() {
     }
 }
 
-/// P-20 P-21 P-22: frames are lost, repeated, reordered and damaged; nothing is lost, run twice or placed twice.
+/// P-15 P-21 P-39 P-64: frames are lost, repeated, reordered and damaged; nothing is lost, run twice or placed twice.
 #[test]
 fn every_request_ends_once_with_the_right_data_on_a_bad_wire() {
     for seed in 1..=24 {
@@ -95,6 +96,7 @@ fn every_request_ends_once_with_the_right_data_on_a_bad_wire() {
     }
 }
 
+/// P-63 P-65: the answer is repaired by the target; the write is not run again.
 #[test]
 fn write_is_applied_once_when_its_reply_is_lost() {
     let mut pair = Pair::new(5, Wire::default());
@@ -111,6 +113,7 @@ fn write_is_applied_once_when_its_reply_is_lost() {
     assert_eq!((pair.node.runs, pair.done.len()), (2, 2));
 }
 
+/// P-36 P-42: the gap is acked at once, and what was lost leaves again a round trip later.
 #[test]
 fn lost_frame_costs_a_round_trip_and_not_a_timeout() {
     let mut pair = Pair::new(6, Wire { loss: 0, ..Wire::default() });
@@ -129,6 +132,7 @@ fn lost_frame_costs_a_round_trip_and_not_a_timeout() {
     assert!(pair.now.since(start) < Nanos::from_micros(600), "took {:?}", pair.now.since(start));
 }
 
+/// P-75: what was not answered is issued again in the next session.
 #[test]
 fn a_link_that_comes_back_after_a_minute_loses_nothing() {
     let mut pair = Pair::new(7, Wire::default());
@@ -146,6 +150,7 @@ fn a_link_that_comes_back_after_a_minute_loses_nothing() {
     assert!(pair.node.volume[..65536].iter().all(|b| *b == 9));
 }
 
+/// P-47: a cut of less than a second ends no session.
 #[test]
 fn a_short_cut_keeps_session_and_piece_size() {
     let mut pair = Pair::new(8, Wire::default());
@@ -162,6 +167,7 @@ fn a_short_cut_keeps_session_and_piece_size() {
     assert_eq!((stats.sessions, stats.piece_bytes), (1, 8192), "{stats:?}");
 }
 
+/// P-75 P-77: RESET_HINT starts a new session at once, and writes that never ran are issued again.
 #[test]
 fn a_node_that_restarts_is_a_pause_and_not_an_error() {
     let mut pair = Pair::new(9, Wire::default());
@@ -192,6 +198,7 @@ fn a_disk_that_answers_after_three_seconds_is_waited_for_in_one_session() {
     assert_eq!(pair.initiator.stats().sessions, 1);
 }
 
+/// P-57 P-59 P-60: full-size PROBEs find the widest piece that passes before the volume is opened.
 #[test]
 fn a_path_narrower_than_its_links_is_found_and_used() {
     for (mtu, hole, piece) in
@@ -204,6 +211,7 @@ fn a_path_narrower_than_its_links_is_found_and_used() {
     }
 }
 
+/// P-60 P-61: within a session too, and back.
 #[test]
 fn a_path_that_becomes_narrower_and_wide_again_is_followed() {
     let mut pair = Pair::new(12, Wire::default());
@@ -230,6 +238,7 @@ fn reads_through_a_path_that_became_narrower_in_one_direction_end() {
     assert!(pair.run_until_idle(Nanos::from_secs(5)), "{:?}", pair.initiator.stats());
 }
 
+/// P-20 P-33: an older session's frame has another cid, or another tag.
 #[test]
 fn a_frame_of_an_older_session_changes_nothing() {
     let mut pair = Pair::new(14, Wire::default());
@@ -256,6 +265,7 @@ fn a_frame_of_an_older_session_changes_nothing() {
     assert_eq!(pair.initiator.state(), StateName::Open);
 }
 
+/// P-35 P-66: a packet number is processed once; nothing is placed twice.
 #[test]
 fn frames_replayed_within_a_session_change_nothing() {
     let mut pair = Pair::new(15, Wire::default());
@@ -271,6 +281,7 @@ fn frames_replayed_within_a_session_change_nothing() {
     assert!(pair.node.volume == volume);
 }
 
+/// P-56: a frame without a buffer is dropped unacked and comes again.
 #[test]
 fn a_node_without_buffers_pauses_and_does_not_fail() {
     let mut pair = Pair::new(16, Wire::default());
@@ -302,6 +313,7 @@ fn thirty_two_reads_leave_in_one_frame_and_two_answers_share_one() {
     );
 }
 
+/// P-67
 #[test]
 fn overlapping_writes_are_never_in_flight_together() {
     let mut pair = Pair::new(18, Wire::default());
