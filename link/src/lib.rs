@@ -1,74 +1,47 @@
-//! Frames in and out of a machine: the only crate that knows packet sockets.
+//! Frames in and out of a machine: the only crate that knows AF_PACKET.
 //!
-//! Knows whole Ethernet frames and what the kernel does with them; does not know what is in them, but for the two bytes that pick a worker.
-//! Both daemons' workers drive a [`Link`]; layers (`tap`, `faults`) stand between with the same trait.
+//! Knows Ethernet frames as bytes and runs of foreign memory; does not know what is in them. The workers of both daemons call a [`Link`]:
+//! [`packet::PacketLink`] in production, [`memory::MemoryLink`] in tests, with the layers of [`stack`] in between.
 
 pub mod clock;
-
 mod frame;
-pub mod memory;
-mod mmap;
-pub mod packet;
-
 pub mod random;
 mod sys;
-
 pub mod wait;
+
+pub use frame::{CUTS_MAX, Cut, FRAMES_QUEUED_MAX, FrameId, Received, Run, TxFrame};
 
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;
 
-pub use frame::{Cut, FramePool, Run, TxFrame};
-
-/// A frame that came in.
-#[derive(Clone, Copy, Debug)]
-pub struct Received<'a> {
-    /// The whole frame, Ethernet header included.
-    pub bytes: &'a [u8],
-    /// When it reached this machine: the kernel's time stamp, on the clock of [`clock::now`].
-    pub arrival: Instant,
-}
-
-/// Names a queued frame to its sender: the session's index and the packet number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FrameId {
-    /// Index of the session on its worker.
-    pub session: u32,
-    /// Packet number.
-    pub pn: u64,
-}
-
-/// A way to send and receive frames. Nothing in it blocks.
+/// A way to send and receive whole Ethernet frames, header included. Belongs to one worker.
 ///
-/// Order of calls in a turn: [`Link::receive`] until `None` or enough; then [`Link::frame`], fill, [`Link::commit`], again and again; then
-/// one [`Link::flush`].
+/// A turn: [`receive`](Link::receive) until `None`; then, while there is something to send, [`frame`](Link::frame), fill it,
+/// [`commit`](Link::commit); at its end [`flush`](Link::flush), also when nothing was committed. No call blocks.
 pub trait Link {
-    /// Bytes of a frame after the Ethernet header, 1500 to 65535.
+    /// Bytes that a frame may have after its Ethernet header, 1500..=65535. Can change while the link lives (see the implementation).
     fn mtu(&self) -> usize;
 
-    /// Our address on the segment.
+    /// The address frames are sent from and received at. Can change while the link lives (see the implementation).
     fn address(&self) -> MacAddress;
 
-    /// The next frame that came. The one before it is given back.
+    /// The next received frame, if there is one. The frame before it is given back by this call.
     fn receive(&mut self) -> Option<Received<'_>>;
 
-    /// An empty frame to fill; `None` when there is no room before the next [`Link::flush`].
+    /// A cleared frame to fill, or `None` when there is no room before the next flush. Asked again without a commit, the same frame comes,
+    /// cleared.
     fn frame(&mut self) -> Option<&mut TxFrame>;
 
-    /// The frame got last from [`Link::frame`] is complete: it is queued.
+    /// The frame that [`frame`](Link::frame) gave is complete and queued.
     fn commit(&mut self, id: FrameId);
 
-    /// Hands everything queued to the kernel in one batch. What the kernel will not take now is forgotten and named in `refused`. Memory
-    /// named by the frames is not read after this returns.
+    /// Gives what is queued to the kernel in one batch. What it would not take is appended to `refused` and forgotten; the queue is empty
+    /// afterwards, and no run of memory is read any more.
     fn flush(&mut self, refused: &mut Vec<FrameId>);
 
-    /// When [`Link::receive`] must be called although no frame came, if ever: a lost interface is looked for then.
-    fn poll_timeout(&self) -> Option<Instant> {
+    /// When the link wants to be called again although no file descriptor of it became ready: frames that a layer holds back, an interface
+    /// that is gone and looked for. A worker that sleeps counts this among its timers.
+    fn wake_at(&self) -> Option<Instant> {
         None
-    }
-
-    /// True once after the link was opened anew: address, MTU and file descriptor may be others now.
-    fn take_changed(&mut self) -> bool {
-        false
     }
 }
