@@ -3,6 +3,9 @@
 //! Does not know what the bytes are. A worker has two pools: one for the data of writes, whose sessions get no more credit than it
 //! can hold, and one for reads, which wait when it is full. An empty pool is a pause, never an error.
 
+use std::ops::Range;
+
+use cirro_link::Run;
 use cirro_protocol::types::REQUEST_BYTES_MAX;
 
 use crate::memory::{Block, PAGE_BYTES};
@@ -30,6 +33,12 @@ impl Buffer {
     /// The bytes that were asked for, to be changed.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.block.bytes_mut()[..self.len]
+    }
+
+    /// The bytes in `range`, for a link to read when it sends.
+    pub fn run(&self, range: Range<usize>) -> Run {
+        assert!(range.end <= self.len, "a run inside the buffer");
+        self.block.run(range)
     }
 }
 

@@ -4,6 +4,7 @@
 
 pub mod buffers;
 mod memory;
+pub mod node;
 pub mod owner;
 pub mod range_lock;
 pub mod state_dir;

@@ -4,7 +4,10 @@
 //! Besides the uring store the one file of this crate that may be unsafe: joining two neighbours has no safe form.
 #![allow(unsafe_code, reason = "two neighbouring blocks of one mapping become one again")]
 
+use std::ops::Range;
 use std::ptr::NonNull;
+
+use cirro_link::Run;
 
 /// Bytes of a memory page, and what every block is aligned to.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -63,6 +66,14 @@ impl Block {
         let first = unsafe { self.arena.as_ptr().add(self.start) };
         // SAFETY: as in `bytes`; `&mut self` makes the slice the only way to them.
         unsafe { std::slice::from_raw_parts_mut(first, self.len) }
+    }
+
+    /// The bytes in `range`, for a link to read when it sends.
+    pub(crate) fn run(&self, range: Range<usize>) -> Run {
+        let bytes = &self.bytes()[range];
+        // SAFETY: the bytes are inside a mapping that lives as long as the process, so they can be read whenever the link flushes. Whoever
+        // owns the block then may have changed them: the frame's checksum tells, and nothing else depends on them.
+        unsafe { Run::new(bytes.as_ptr(), bytes.len()) }
     }
 
     /// Cuts the block in two at `at`.

@@ -304,6 +304,11 @@ impl Volume {
         }
     }
 
+    /// True if a discard can be done.
+    pub fn discards(&self) -> bool {
+        self.discards
+    }
+
     /// Which file it is.
     pub fn identity(&self) -> Identity {
         self.identity

@@ -1,0 +1,120 @@
+//! Leaf 1 of a turn: frames from the link to the sessions, and the data in them to its buffers.
+//!
+//! Knows which session a frame is for and whether it may be believed; what it says is the target's to know.
+
+use cirro_link::Link;
+use cirro_protocol::Placement;
+use cirro_protocol::time::Instant;
+use cirro_protocol::types::{ETHERNET_BYTES, MacAddress};
+use cirro_protocol::wire::body::CloseReason;
+use cirro_protocol::wire::ethernet::Ethernet;
+use cirro_protocol::wire::{Frame, Header, Mode};
+use cirro_seal::{Mismatch, Nonces, open_crc};
+
+use super::drops::DropReason;
+use super::session::{Session, SlotBuffer};
+use super::{Node, handshake};
+use crate::buffers::Pool;
+use crate::store::Store;
+
+/// Frames of one turn: as many as may come between two acks (docs/PROTOCOL.md, P-37), which leave at its end.
+const RECEIVE_FRAMES_MAX: usize = 48;
+
+/// Takes frames in; true when the link is empty now.
+pub(super) fn receive<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: Instant) -> bool {
+    node.handshake.begin_turn();
+    for _ in 0..RECEIVE_FRAMES_MAX {
+        let Some(received) = link.receive() else { return true };
+        node.meter.frames_in.add(1);
+        node.meter.bytes_in.add(received.bytes.len() as u64);
+        let is_long = received.bytes.get(ETHERNET_BYTES..).and_then(Header::is_long);
+        let taken = match is_long {
+            None => Err(DropReason::Malformed),
+            Some(true) => handshake::take(node, now, received.bytes),
+            Some(false) => node.take_short(now, received.arrival, received.bytes),
+        };
+        if let Err(reason) = taken {
+            node.meter.dropped.count(reason as usize);
+        }
+    }
+    false
+}
+
+impl<S: Store> Node<S> {
+    fn take_short(&mut self, now: Instant, arrival: Instant, bytes: &[u8]) -> Result<(), DropReason> {
+        let frame = Frame::parse(bytes).map_err(|_| DropReason::Malformed)?;
+        let ethernet = Ethernet::parse(bytes).map_err(|_| DropReason::Malformed)?;
+        if ethernet.destination != self.address || frame.header.steer != self.config.steer {
+            return Err(DropReason::NotForUs);
+        }
+        let Some((index, session)) = self.sessions.with_cid(frame.header.cid) else {
+            self.handshake.hint_reset(now, &self.config, &ethernet, frame.header.cid);
+            return Err(DropReason::UnknownSession);
+        };
+        check_seal(session, ethernet.source, &frame)?;
+        reserve(session, &frame, &mut self.wanted, &mut self.write_pool, &mut self.read_pool)?;
+        self.placements.clear();
+        session.target.handle_frame(now, arrival, &frame, &mut self.placements);
+        place(session, bytes, &self.placements);
+        self.sessions.activate(index);
+        Ok(())
+    }
+}
+
+/// A frame of mode 0 comes from the session's peer, and tag and payload checksums are right (docs/PROTOCOL.md, section 3).
+fn check_seal(session: &Session, source: MacAddress, frame: &Frame<'_>) -> Result<(), DropReason> {
+    if source != session.target.peer() {
+        return Err(DropReason::OtherSource);
+    }
+    if frame.header.mode != Mode::Crc {
+        return Err(DropReason::OtherMode);
+    }
+    let (sender, receiver) = session.target.nonces_in();
+    open_crc(Nonces { sender, receiver }, frame).map_err(|mismatch| match mismatch {
+        Mismatch::Payload { .. } => DropReason::PayloadCrc,
+        Mismatch::Tag => DropReason::Tag,
+    })
+}
+
+/// Gets a buffer for each write that begins in the frame, or for none.
+fn reserve(
+    session: &mut Session,
+    frame: &Frame<'_>,
+    wanted: &mut Vec<(cirro_protocol::types::Slot, u32)>,
+    writes: &mut Pool,
+    reads: &mut Pool,
+) -> Result<(), DropReason> {
+    wanted.clear();
+    session.target.buffers_wanted(frame, wanted);
+    for (done, (slot, bytes)) in wanted.iter().enumerate() {
+        let Some(buffer) = writes.take(*bytes as usize) else {
+            for (slot, _) in &wanted[..done] {
+                if let SlotBuffer::Write(buffer) = std::mem::take(&mut session.buffers[slot.index()]) {
+                    writes.give_back(buffer);
+                }
+            }
+            return Err(DropReason::NoBuffer);
+        };
+        // That the slot is used again says that the data of its last read has arrived.
+        session.free_slot(*slot, writes, reads);
+        session.buffers[slot.index()] = SlotBuffer::Write(buffer);
+    }
+    Ok(())
+}
+
+/// Copies the data of a frame to where it belongs.
+fn place(session: &mut Session, bytes: &[u8], placements: &[Placement]) {
+    for placement in placements {
+        let start = placement.offset as usize;
+        let source = &bytes[placement.range.clone()];
+        let room = match session.buffer_mut(placement.slot) {
+            Some(SlotBuffer::Write(buffer)) => buffer.bytes_mut().get_mut(start..start + source.len()),
+            Some(SlotBuffer::Read(_) | SlotBuffer::None) | None => None,
+        };
+        match room {
+            Some(room) => room.copy_from_slice(source),
+            // The initiator's pieces contradict each other.
+            None => session.close(CloseReason::Protocol),
+        }
+    }
+}
