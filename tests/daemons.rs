@@ -1,0 +1,359 @@
+//! Daemons under test: built, started in a machine, watched, ended; their logs are shown when a test fails.
+//!
+//! Knows command lines and control sockets, and `qemu-storage-daemon` as a back-end that others wrote. Used by every end-to-end test and the benchmark.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use cirro_ctl::client;
+use cirro_ctl::report::{BackendReport, NodeReport, Report};
+use cirro_ctl::request::Request;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::netns::{INTERFACE, Machine, Namespace, output};
+
+/// How long a daemon may take until it serves.
+const START_MAX: Duration = Duration::from_secs(20);
+/// How long a daemon may take to end after SIGTERM.
+const STOP_MAX: Duration = Duration::from_secs(10);
+/// How long a daemon may take to answer on its control socket.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Lines of a log that a failure shows.
+const LOG_LINES_SHOWN: usize = 60;
+
+/// The folder of `cirro-node`, `cirro-backend` and `cirroctl`: `CIRRO_BIN_DIR`, or else they are built, optimised, once per process.
+///
+/// # Panics
+/// They are not there, or cannot be built.
+pub fn binaries() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = std::env::var_os("CIRRO_BIN_DIR").map_or_else(build, PathBuf::from);
+        for name in ["cirro-node", "cirro-backend", "cirroctl"] {
+            let path = folder.join(name);
+            assert!(path.is_file(), "{} is not there (CIRRO_BIN_DIR names the folder)", path.display());
+        }
+        folder
+    })
+}
+
+/// Builds beside the program that runs, so that nothing is built twice that `cargo` has already.
+fn build() -> PathBuf {
+    let here = std::env::current_exe().expect("a program has a path");
+    let profile = here.ancestors().find(|path| ["debug", "release"].iter().any(|name| path.ends_with(name)));
+    let target =
+        profile.and_then(Path::parent).expect("a test lies in target/debug or target/release").to_owned();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the work tree");
+    let mut cargo = Command::new(option_env!("CARGO").unwrap_or("cargo"));
+    cargo.current_dir(root).args(["build", "--release", "--locked", "--quiet", "--bins"]);
+    cargo.args(["-p", "cirro-node", "-p", "cirro-backend", "-p", "cirro-ctl"]);
+    output(cargo.arg("--target-dir").arg(&target), "cargo build --release of the daemons");
+    target.join("release")
+}
+
+/// A folder in memory for sockets, logs, state and volumes, that ends with this value.
+#[derive(Debug)]
+pub struct Scratch {
+    folder: TempDir,
+}
+
+impl Scratch {
+    /// A new, empty one.
+    ///
+    /// # Panics
+    /// There is no /dev/shm.
+    #[allow(clippy::new_without_default, reason = "it makes a folder")]
+    pub fn new() -> Scratch {
+        let folder = tempfile::Builder::new().prefix("cirrotest-").tempdir_in("/dev/shm");
+        Scratch { folder: folder.expect("/dev/shm is there") }
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Makes an empty sparse file.
+    ///
+    /// # Panics
+    /// It cannot be made.
+    pub fn volume(&self, name: &str, bytes: u64) -> PathBuf {
+        let path = self.path(name);
+        File::create_new(&path).and_then(|file| file.set_len(bytes)).expect("a volume can be made");
+        path
+    }
+}
+
+/// A running process. When it is dropped it is killed, and its log is shown if the test failed.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+    control: PathBuf,
+    ended: bool,
+}
+
+impl Daemon {
+    /// Starts `command`, made by [`Namespace::command`], with what it prints going to `NAME.log`.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn start(scratch: &Scratch, name: &str, command: &mut Command) -> Daemon {
+        let log = scratch.path(&format!("{name}.log"));
+        let file = File::options().append(true).create(true).open(&log).expect("a log can be opened");
+        let copy = file.try_clone().expect("a descriptor can be copied");
+        let child = command.stdin(Stdio::null()).stdout(copy).stderr(file).spawn();
+        let child = child.unwrap_or_else(|error| panic!("{name} cannot be started: {error}"));
+        Daemon {
+            name: name.to_owned(),
+            child,
+            log,
+            control: scratch.path(&format!("{name}.ctl")),
+            ended: false,
+        }
+    }
+
+    /// Waits until `ready`.
+    ///
+    /// # Panics
+    /// The daemon ended, or took too long.
+    pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut(&Daemon) -> bool) {
+        let start = Instant::now();
+        while !ready(self) {
+            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                self.ended = true;
+                panic!("{} ended ({status}) before it {what}:\n{}", self.name, self.log_tail());
+            }
+            assert!(
+                start.elapsed() < START_MAX,
+                "{} did not come to this in {START_MAX:?}: {what}",
+                self.name
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What it printed last.
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills it at once, as a power cut would.
+    pub fn kill(mut self) {
+        self.end();
+    }
+
+    /// Asks it to end and gives its exit status.
+    ///
+    /// # Panics
+    /// It does not end in time.
+    pub fn terminate(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                self.ended = true;
+                return status;
+            }
+            assert!(start.elapsed() < STOP_MAX, "{} did not end {STOP_MAX:?} after SIGTERM", self.name);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends it by SIGTERM, which must give exit status 0.
+    ///
+    /// # Panics
+    /// It ends in another way.
+    pub fn stop(self) {
+        let name = self.name.clone();
+        let log = self.log_tail();
+        let status = self.terminate();
+        assert_eq!(status.code(), Some(0), "{name} after SIGTERM: {status}\n{log}");
+    }
+
+    /// Time on processors so far, of all its threads.
+    ///
+    /// # Panics
+    /// The process is gone.
+    pub fn cpu_time(&self) -> Duration {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the process lives");
+        let times = threads.flatten().map(|thread| std::fs::read_to_string(thread.path().join("schedstat")));
+        let nanos = times
+            .flatten()
+            .filter_map(|text| text.split(' ').next().and_then(|word| word.parse::<u64>().ok()));
+        Duration::from_nanos(nanos.sum())
+    }
+
+    /// The daemon's report with counters, once it answers.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn report(&self) -> Result<Report, String> {
+        let value =
+            client::ask(&self.control, &Request::Stats {}, ANSWER_MAX).map_err(|error| error.to_string())?;
+        serde_json::from_value(value).map_err(|error| error.to_string())
+    }
+
+    /// The report of a node.
+    ///
+    /// # Panics
+    /// This is not one, or it does not answer.
+    pub fn node_report(&self) -> NodeReport {
+        match self.report() {
+            Ok(Report::Node(report)) => report,
+            other => panic!("{}: not a node's report: {other:?}", self.name),
+        }
+    }
+
+    /// The report of a backend.
+    ///
+    /// # Panics
+    /// This is not one, or it does not answer.
+    pub fn backend_report(&self) -> BackendReport {
+        match self.report() {
+            Ok(Report::Backend(report)) => report,
+            other => panic!("{}: not a backend's report: {other:?}", self.name),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a child has an id");
+        let _ = kill_process(pid, signal);
+    }
+
+    fn end(&mut self) {
+        if !self.ended {
+            self.ended = true;
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.end();
+        if std::thread::panicking() {
+            eprintln!(
+                "--- last lines of {}\n{}\n--- end of {}",
+                self.log.display(),
+                self.log_tail(),
+                self.name
+            );
+        }
+    }
+}
+
+/// How a daemon of ours is started.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// Names its log, its state and its sockets.
+    pub name: &'a str,
+    /// Arguments besides those that every daemon here gets.
+    pub arguments: Vec<OsString>,
+    /// The processor it may run on.
+    pub cpu: Option<u32>,
+}
+
+impl<'a> Launch<'a> {
+    /// With no more arguments.
+    pub fn new(name: &'a str) -> Launch<'a> {
+        Launch { name, arguments: Vec::new(), cpu: None }
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn with(mut self, arguments: &[&str]) -> Launch<'a> {
+        self.arguments.extend(arguments.iter().map(OsString::from));
+        self
+    }
+
+    /// Keeps it on one processor.
+    #[must_use]
+    pub fn on(mut self, cpu: Option<u32>) -> Launch<'a> {
+        self.cpu = cpu;
+        self
+    }
+
+    fn start(self, program: &str, machine: &Machine, scratch: &Scratch) -> Daemon {
+        let mut command = pinned(machine.namespace(), self.cpu, binaries().join(program).as_os_str());
+        command.args(["--link", INTERFACE, "--security", "none"]);
+        command.arg("--state-dir").arg(scratch.path(&format!("{}.state", self.name)));
+        command.arg("--ctl-socket").arg(scratch.path(&format!("{}.ctl", self.name)));
+        Daemon::start(scratch, self.name, command.args(self.arguments))
+    }
+
+    /// Starts a node that serves `volumes`, each `NAME=PATH[,…]`, and waits until it does.
+    pub fn node(mut self, machine: &Machine, scratch: &Scratch, volumes: &[String]) -> Daemon {
+        for volume in volumes {
+            self.arguments.extend(["--volume".into(), volume.into()]);
+        }
+        let mut daemon = self.start("cirro-node", machine, scratch);
+        daemon.wait_until("answered as a node", |daemon| matches!(daemon.report(), Ok(Report::Node(_))));
+        daemon
+    }
+
+    /// Starts a backend for one volume on the socket `NAME.sock`, and waits until that is there and the volume is known.
+    pub fn backend(self, machine: &Machine, scratch: &Scratch, volume: &str) -> Daemon {
+        let socket = scratch.path(&format!("{}.sock", self.name));
+        let launch = self.with(&["--volume", volume, "--socket-path", &socket.to_string_lossy()]);
+        let mut daemon = launch.start("cirro-backend", machine, scratch);
+        daemon.wait_until("offered its disk", |daemon| socket.exists() && knows_its_volumes(daemon));
+        daemon
+    }
+
+    /// Starts a backend as its arguments (a configuration file, say) tell it, and waits until every volume is known.
+    pub fn backends(self, machine: &Machine, scratch: &Scratch) -> Daemon {
+        let mut daemon = self.start("cirro-backend", machine, scratch);
+        daemon.wait_until("offered its disks", knows_its_volumes);
+        daemon
+    }
+}
+
+fn knows_its_volumes(daemon: &Daemon) -> bool {
+    match daemon.report() {
+        Ok(Report::Backend(report)) => {
+            !report.disks.is_empty() && report.disks.iter().all(|disk| disk.size_bytes > 0)
+        }
+        _ => false,
+    }
+}
+
+/// A command in a namespace, on one processor if `cpu` says so.
+pub fn pinned(namespace: &Namespace, cpu: Option<u32>, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    match cpu {
+        None => namespace.command(program),
+        Some(cpu) => {
+            let mut command = namespace.command("taskset");
+            command.args(["--cpu-list", &cpu.to_string()]).arg(program);
+            command
+        }
+    }
+}
+
+/// Starts `qemu-storage-daemon` with a vhost-user-blk export `NAME.sock` of the block node that `blockdev` describes (its `node-name` must be `disk`).
+pub fn qemu_storage_daemon(scratch: &Scratch, name: &str, blockdev: &str, mut command: Command) -> Daemon {
+    let socket = scratch.path(&format!("{name}.sock"));
+    command.args(["--blockdev", blockdev, "--export"]);
+    command.arg(format!(
+        "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues=4",
+        socket.display()
+    ));
+    let mut daemon = Daemon::start(scratch, name, &mut command);
+    daemon.wait_until("made its socket", |_| socket.exists());
+    daemon
+}

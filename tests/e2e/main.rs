@@ -1,0 +1,6 @@
+//! End-to-end tests: the real daemons on a real (veth) wire, driven by a front-end that others wrote. Run as root, one at a time:
+//! `cargo test --release -p cirro-tests --test e2e -- --test-threads=1`.
+//!
+//! Knows nothing of the daemons' insides. What a failed test shows are the daemons' own logs.
+
+mod fixture;

@@ -1,0 +1,54 @@
+//! Loss on the wire: nftables rules on the ingress of a machine's interface, so that any sender's frames are hit alike.
+//!
+//! Does not know who sends. Used by the end-to-end tests and the benchmark.
+
+use std::fmt::Write as _;
+
+use crate::netns::{INTERFACE, Machine};
+
+/// What is dropped on arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drop {
+    /// This many of 1000 frames of any kind, at random.
+    PerMille(u32),
+    /// Frames with more than this many bytes after the Ethernet header.
+    LongerThan(u32),
+}
+
+/// Replaces what is dropped on the machine's ingress. An empty list ends all loss.
+pub fn set(machine: &Machine, drops: &[Drop]) {
+    let mut rules = String::new();
+    for drop in drops {
+        let condition = match drop {
+            Drop::PerMille(0) => continue,
+            Drop::PerMille(rate) => format!("numgen random mod 1000 < {rate}"),
+            // At this hook the kernel has taken the Ethernet header off, so `meta length` counts what follows it.
+            Drop::LongerThan(bytes) => format!("meta length > {bytes}"),
+        };
+        let _ = writeln!(rules, "    {condition} counter drop");
+    }
+    let chain = format!("type filter hook ingress device \"{INTERFACE}\" priority 0; policy accept;");
+    let mut table = "table netdev loss {}\ndelete table netdev loss\n".to_owned();
+    if !rules.is_empty() {
+        let _ = write!(table, "table netdev loss {{\n  chain c {{\n    {chain}\n{rules}  }}\n}}\n");
+    }
+    machine.namespace().shell(&format!("nft -f - <<'END'\n{table}END"));
+}
+
+/// The same random loss in both directions: on every machine's ingress.
+pub fn set_both(machines: &[Machine], per_mille: u32) {
+    for machine in machines {
+        set(machine, &[Drop::PerMille(per_mille)]);
+    }
+}
+
+/// Frames dropped by the rules that are in force now.
+pub fn dropped(machine: &Machine) -> u64 {
+    let listing = machine.namespace().shell("nft list ruleset");
+    let words: Vec<&str> = listing.split_whitespace().collect();
+    words
+        .windows(3)
+        .filter(|w| w[0] == "counter" && w[1] == "packets")
+        .map(|w| w[2].parse::<u64>().unwrap())
+        .sum()
+}

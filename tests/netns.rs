@@ -1,0 +1,216 @@
+//! Machines for tests: network namespaces, joined by a veth pair or by a bridge.
+//!
+//! Does not know what runs in them. Names carry the process id and a number, so that runs do not meet; what a run leaves behind that was killed,
+//! the next run removes. Used by every end-to-end test and by the benchmark.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::sys;
+
+const PREFIX: &str = "cirrotest-";
+/// The name of the one interface that each machine has.
+pub const INTERFACE: &str = "wire0";
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A network namespace that ends with this value.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    fn new(label: &str) -> Namespace {
+        static LEFT_OVER: Once = Once::new();
+        LEFT_OVER.call_once(remove_left_over);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}{}-{number}-{label}", std::process::id());
+        run(&format!("ip netns add {name}"));
+        let namespace = Namespace { name };
+        run(&format!("ip -n {} link set lo up", namespace.name));
+        namespace.shell("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
+        namespace
+    }
+
+    /// A command that runs in here, and that dies with the thread that starts it.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path().display()));
+        command.args(["--", "setpriv", "--pdeathsig", "KILL", "--"]).arg(program);
+        command
+    }
+
+    /// Runs a shell command in here and gives what it printed.
+    ///
+    /// # Panics
+    /// It failed.
+    pub fn shell(&self, line: &str) -> String {
+        output(self.command("sh").args(["-c", line]), line)
+    }
+
+    /// Runs `work` on a thread that is in here.
+    ///
+    /// # Panics
+    /// `work` panicked, or the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(self.path()).expect("the namespace is there");
+        let inside = move || {
+            sys::enter(file.as_fd()).expect("root may enter a namespace");
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(inside).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.name)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        remove(&self.name);
+    }
+}
+
+/// One machine: a namespace and its interface [`INTERFACE`].
+#[derive(Debug)]
+pub struct Machine {
+    namespace: Namespace,
+    address: String,
+}
+
+impl Machine {
+    /// Its namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// The IPv4 address of its interface.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The MAC address of its interface.
+    pub fn mac(&self) -> String {
+        self.namespace.shell(&format!("cat /sys/class/net/{INTERFACE}/address")).trim().to_owned()
+    }
+
+    /// Switches what the kernel does to save TCP from cutting its own segments.
+    pub fn set_segmentation_offload(&self, on: bool) {
+        let state = if on { "on" } else { "off" };
+        self.namespace.shell(&format!("ethtool -K {INTERFACE} tso {state} gso {state} gro {state}"));
+    }
+
+    fn finish(&self) {
+        let name = &self.namespace.name;
+        run(&format!("ip -n {name} addr add {}/24 dev {INTERFACE}", self.address));
+        run(&format!("ip -n {name} link set {INTERFACE} up"));
+    }
+}
+
+/// Machines on one segment.
+#[derive(Debug)]
+pub struct Lab {
+    /// In the order of their addresses 10.77.0.1, .2, …
+    machines: Vec<Machine>,
+    bridge: Option<Namespace>,
+}
+
+impl Lab {
+    /// Two machines joined by a veth pair: the VM host and the storage machine.
+    pub fn pair(mtu: u32) -> Lab {
+        let machines = vec![machine(0, "host"), machine(1, "store")];
+        let (host, store) = (&machines[0].namespace.name, &machines[1].namespace.name);
+        run(&format!(
+            "ip -n {host} link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} mtu {mtu} netns {store}"
+        ));
+        Lab { machines, bridge: None }.up()
+    }
+
+    /// `count` machines on a bridge, which is in a namespace of its own.
+    pub fn bridged(count: usize, mtu: u32) -> Lab {
+        let bridge = Namespace::new("bridge");
+        run(&format!("ip -n {} link add bridge0 mtu {mtu} type bridge forward_delay 0", bridge.name));
+        run(&format!("ip -n {} link set bridge0 up", bridge.name));
+        let machines: Vec<Machine> = (0..count).map(|index| machine(index, "m")).collect();
+        for (index, machine) in machines.iter().enumerate() {
+            let (there, here) = (&machine.namespace.name, &bridge.name);
+            run(&format!(
+                "ip -n {there} link add {INTERFACE} mtu {mtu} type veth peer name port{index} mtu {mtu} netns {here}"
+            ));
+            run(&format!("ip -n {here} link set port{index} master bridge0 up"));
+        }
+        Lab { machines, bridge: Some(bridge) }.up()
+    }
+
+    fn up(self) -> Lab {
+        self.machines.iter().for_each(Machine::finish);
+        self
+    }
+
+    /// The machine where guests and backends live.
+    pub fn host(&self) -> &Machine {
+        &self.machines[0]
+    }
+
+    /// The machine where nodes live.
+    pub fn store(&self) -> &Machine {
+        &self.machines[1]
+    }
+
+    /// All of them.
+    pub fn machines(&self) -> &[Machine] {
+        &self.machines
+    }
+
+    /// Where the bridge is, if there is one; its ports are `port0`, `port1`, ….
+    pub fn bridge(&self) -> Option<&Namespace> {
+        self.bridge.as_ref()
+    }
+}
+
+fn machine(index: usize, label: &str) -> Machine {
+    Machine { namespace: Namespace::new(label), address: format!("10.77.0.{}", index + 1) }
+}
+
+/// Removes the namespaces of test processes that are gone.
+fn remove_left_over() {
+    let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !PathBuf::from("/proc").join(process).exists()) {
+            remove(&name);
+        }
+    }
+}
+
+fn remove(name: &str) {
+    let _ = Command::new("ip").args(["netns", "del", name]).stderr(Stdio::null()).status();
+}
+
+/// Runs a program with arguments that hold no blanks.
+pub(crate) fn run(line: &str) -> String {
+    let mut words = line.split(' ');
+    output(Command::new(words.next().expect("a program")).args(words), line)
+}
+
+pub(crate) fn output(command: &mut Command, line: &str) -> String {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|error| {
+        panic!("'{line}' cannot be run: {error} (tests/install.sh installs what is needed)")
+    });
+    assert!(
+        output.status.success(),
+        "'{line}' failed ({}): {}\n(these tests need root)",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

@@ -1,0 +1,85 @@
+//! A recorder and replayer of frames, beside the daemons on the same interface.
+//!
+//! Knows Ethernet and nothing of our protocol but its EtherType. Used by tests that play old frames again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::netns::{INTERFACE, Machine};
+use crate::sys::PacketSocket;
+
+/// The EtherType the daemons use by default.
+pub const ETHERTYPE: u16 = 0x88B5;
+/// Frames a recorder keeps; it forgets what follows.
+const FRAMES_MAX: usize = 100_000;
+
+/// Records every frame of ours that arrives at a machine.
+#[derive(Debug)]
+pub struct Recorder {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<Vec<u8>>>,
+}
+
+impl Recorder {
+    /// Starts now.
+    ///
+    /// # Panics
+    /// The socket cannot be had.
+    pub fn start(machine: &Machine) -> Recorder {
+        let socket = socket(machine);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        Recorder { stop, thread: std::thread::spawn(move || record(&socket, &stopped)) }
+    }
+
+    /// Ends, and gives the frames in the order of their arrival.
+    ///
+    /// # Panics
+    /// Recording failed.
+    pub fn stop(self) -> Vec<Vec<u8>> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the recorder works")
+    }
+}
+
+fn record(socket: &PacketSocket, stop: &AtomicBool) -> Vec<Vec<u8>> {
+    let (mut frames, mut buffer) = (Vec::new(), vec![0; 70_000]);
+    loop {
+        match socket.receive(&mut buffer).expect("a packet socket can be read") {
+            Some(bytes) if frames.len() < FRAMES_MAX => frames.push(buffer[..bytes].to_vec()),
+            Some(_) => {}
+            None if stop.load(Ordering::Relaxed) => return frames,
+            None => {
+                let limit = Timespec::try_from(Duration::from_millis(20)).expect("short");
+                let _ = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&limit));
+            }
+        }
+    }
+}
+
+/// Sends frames as they are from a machine, oldest first.
+///
+/// # Panics
+/// The kernel refuses one for good.
+pub fn replay(machine: &Machine, frames: &[Vec<u8>]) {
+    let socket = socket(machine);
+    for frame in frames {
+        let mut tries = 0;
+        while let Err(error) = socket.send(frame) {
+            let full =
+                error.kind() == std::io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::ENOBUFS);
+            assert!(full && tries < 1000, "a frame cannot be sent: {error}");
+            tries += 1;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn socket(machine: &Machine) -> PacketSocket {
+    let open = || PacketSocket::open(INTERFACE, ETHERTYPE);
+    machine.namespace().enter(open).expect("root may open a packet socket")
+}
