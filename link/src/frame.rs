@@ -1,187 +1,206 @@
-//! A frame on its way out: bytes of our own, and cuts where foreign memory is inserted.
+//! A frame being built for sending, as a head and the places where foreign memory is inserted.
 //!
-//! Knows nothing of what the bytes mean. Workers fill frames; links read them. Unsafe is here and not elsewhere because a [`Run`] names
-//! memory of which the compiler knows nothing: a guest's pages, a node's buffers.
-#![allow(unsafe_code, reason = "a run of guest memory is named by its address, and read through it")]
+//! Knows nothing of how it is sent. Filled by workers, read by links.
+#![allow(unsafe_code, reason = "Run::new states what its caller promises; Run::bytes relies on it")]
 
-use cirro_protocol::time::Instant;
+use crate::FrameId;
 
-/// Frames that a link queues between two flushes. 32 requests of two pieces; larger batches gain nothing (LAB: sends in batches of 32
-/// reach 1.2 M frames of 4.2 KiB a second).
-pub const FRAMES_QUEUED_MAX: usize = 64;
-/// Cuts in one frame. A frame of 64 KiB made of 512-byte pieces of guest memory has 128; twice that leaves room for odd ones. A payload that
-/// is scattered more finely is copied by its owner first.
-pub const CUTS_MAX: usize = 256;
+/// Frames that a link holds between two flushes: a window's worth of 8 KiB frames would be 512, but the kernel takes them in batches, and
+/// more than 64 gain nothing (measured figures: `docs/PERFORMANCE.md`).
+pub(crate) const FRAMES_PER_FLUSH_MAX: usize = 64;
 
-/// A run of memory that the link reads once.
-///
-/// Not a slice: a guest may change the bytes at any time, so no reference to them ever exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A run of memory that a link reads once: guest pages or a node's buffers.
+#[derive(Clone, Copy, Debug)]
 pub struct Run {
-    ptr: *const u8,
+    start: *const u8,
     len: usize,
 }
 
-// SAFETY: a run is an address and a length. Whoever makes one promises that the memory is readable (see `Run::new`), whichever thread reads it.
+// SAFETY: a Run is an address and a length; who reads it relies on the promise of `Run::new`, which does not depend on the thread.
 unsafe impl Send for Run {}
 
 impl Run {
-    /// The `len` bytes at `ptr`.
+    /// Names `len` bytes at `start`.
     ///
     /// # Safety
-    /// The memory is readable, and no exclusive Rust reference to it is alive, for as long as the run is in a frame: until [`TxFrame::clear`],
-    /// which every link calls on a queued frame before its [`flush`](crate::Link::flush) returns, or until the frame is dropped. Other
-    /// parties (a guest) may change the bytes meanwhile.
-    pub const unsafe fn new(ptr: *const u8, len: usize) -> Run {
-        Run { ptr, len }
+    /// The bytes are mapped and may be read until the next [`crate::Link::flush`] of the link that gets the run has returned. They may change
+    /// meanwhile (a guest may write to them): the link copies them and makes no reference to them.
+    pub unsafe fn new(start: *const u8, len: usize) -> Run {
+        Run { start, len }
     }
 
-    /// Where it starts.
-    pub const fn as_ptr(&self) -> *const u8 {
-        self.ptr
+    /// Address of the first byte.
+    pub fn start(&self) -> *const u8 {
+        self.start
     }
 
-    /// How many bytes it has.
-    pub const fn len(&self) -> usize {
+    /// How many bytes.
+    pub fn len(&self) -> usize {
         self.len
     }
 
-    /// True if it has no bytes.
-    pub const fn is_empty(&self) -> bool {
+    /// True if it names no byte.
+    pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Appends a copy of the bytes to `to`.
+    pub(crate) fn copy_to(&self, to: &mut Vec<u8>) {
+        to.reserve(self.len);
+        let end = to.len();
+        // SAFETY: `end` is within the capacity just reserved, so the pointer stays inside the allocation.
+        let free = unsafe { to.as_mut_ptr().add(end) };
+        // SAFETY: the source is readable by the promise of `Run::new`; the destination has `len` free bytes; they cannot overlap, for the
+        // destination is owned by `to`.
+        unsafe { std::ptr::copy_nonoverlapping(self.start, free, self.len) };
+        // SAFETY: the `len` bytes up to the new length were written by the copy.
+        unsafe { to.set_len(end + self.len) };
     }
 }
 
-/// A run and where it is inserted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a run is inserted: before the byte of the head at `at`.
+#[derive(Clone, Copy, Debug)]
 pub struct Cut {
-    /// The offset in the head before which the run comes.
+    /// Offset in the head.
     pub at: usize,
-    /// The memory.
+    /// What is inserted.
     pub run: Run,
 }
 
-/// A frame being built for sending. `head` holds every byte that is not a volume's data, in order: Ethernet header, frame header, message
-/// headers, control payloads, padding, CRC trailer, tag. The cuts say where foreign memory is inserted.
+/// A frame being built. `head` holds in order every byte that is not a volume's data: Ethernet header, frame header, message headers, control
+/// payloads, padding, CRC trailer, tag. Runs of foreign memory are inserted by [`TxFrame::push_run`].
 #[derive(Debug, Default)]
 pub struct TxFrame {
-    /// The bytes of our own; capacity for a whole frame is reserved.
+    /// See above.
     pub head: Vec<u8>,
     cuts: Vec<Cut>,
-    cut_bytes: usize,
+    id: FrameId,
+}
+
+/// A part of a frame, in order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part<'a> {
+    Head(&'a [u8]),
+    Run(Run),
 }
 
 impl TxFrame {
-    /// An empty frame with room for `frame_bytes_max` of head and [`CUTS_MAX`] cuts.
-    pub fn with_capacity(frame_bytes_max: usize) -> TxFrame {
-        TxFrame {
-            head: Vec::with_capacity(frame_bytes_max),
-            cuts: Vec::with_capacity(CUTS_MAX),
-            cut_bytes: 0,
-        }
+    /// Inserts `run` before offset `at` of the head, after what was inserted there before. Offsets never decrease.
+    pub fn push_run(&mut self, at: usize, run: Run) {
+        assert!(self.cuts.last().is_none_or(|cut| cut.at <= at), "cuts in order");
+        self.cuts.push(Cut { at, run });
     }
 
-    /// Forgets all bytes and cuts, keeps the room.
+    /// Empties the frame.
     pub fn clear(&mut self) {
         self.head.clear();
         self.cuts.clear();
-        self.cut_bytes = 0;
     }
 
-    /// Inserts `run` before the head's byte `at`. Cuts come in order; several at the same place keep theirs. An empty run is left out.
-    ///
-    /// # Panics
-    /// If `at` lies before an earlier cut, or there are [`CUTS_MAX`] already (ask [`TxFrame::cuts_free`] first).
-    pub fn push_cut(&mut self, at: usize, run: Run) {
-        assert!(self.cuts.last().is_none_or(|last| last.at <= at), "cuts come in order");
-        assert!(self.cuts.len() < CUTS_MAX, "a frame has at most {CUTS_MAX} cuts");
-        if !run.is_empty() {
-            self.cuts.push(Cut { at, run });
-            self.cut_bytes += run.len();
-        }
+    /// Bytes of the whole frame.
+    pub fn frame_bytes(&self) -> usize {
+        self.head.len() + self.cuts.iter().map(|cut| cut.run.len()).sum::<usize>()
     }
 
-    /// How many more cuts fit.
-    pub fn cuts_free(&self) -> usize {
-        CUTS_MAX - self.cuts.len()
+    /// Who it is to its sender.
+    pub(crate) fn id(&self) -> FrameId {
+        self.id
     }
 
-    /// The cuts in order.
-    pub fn cuts(&self) -> &[Cut] {
-        &self.cuts
-    }
-
-    /// Bytes of the whole frame, head and runs.
-    pub fn len(&self) -> usize {
-        self.head.len() + self.cut_bytes
-    }
-
-    /// True if there are no bytes at all.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The frame as it goes on the wire, in pieces: `own` for each part of the head, `foreign` for each run.
-    ///
-    /// # Panics
-    /// If a cut lies behind the end of the head.
-    pub(crate) fn walk<'a, P>(
-        &'a self,
-        own: impl Fn(&'a [u8]) -> P,
-        foreign: impl Fn(Run) -> P,
-        mut each: impl FnMut(P),
-    ) {
-        let mut at = 0;
+    /// Hands the parts to `put` in the order in which they go on the wire.
+    pub(crate) fn parts<'a>(&'a self, mut put: impl FnMut(Part<'a>)) {
+        let mut done = 0;
         for cut in &self.cuts {
-            if cut.at > at {
-                each(own(&self.head[at..cut.at]));
-                at = cut.at;
+            if cut.at > done {
+                put(Part::Head(&self.head[done..cut.at]));
+                done = cut.at;
             }
-            each(foreign(cut.run));
+            put(Part::Run(cut.run));
         }
-        if at < self.head.len() {
-            each(own(&self.head[at..]));
+        if done < self.head.len() {
+            put(Part::Head(&self.head[done..]));
         }
     }
 
-    /// Appends the frame as it goes on the wire to `out`, which makes the one copy of the runs.
-    ///
-    /// # Panics
-    /// As the kernel would refuse it: if a cut lies behind the end of the head.
-    pub fn gather(&self, out: &mut Vec<u8>) {
-        out.reserve(self.len());
-        let mut at = 0;
-        for cut in &self.cuts {
-            out.extend_from_slice(&self.head[at..cut.at]);
-            at = cut.at;
-            let spare = &mut out.spare_capacity_mut()[..cut.run.len];
-            // SAFETY: `Run::new` promises `len` readable bytes for as long as the run is in a frame, which is this one; `spare` was just
-            // bounded to `len` bytes and is our own memory, so the two do not overlap.
-            unsafe {
-                std::ptr::copy_nonoverlapping(cut.run.ptr, spare.as_mut_ptr().cast::<u8>(), cut.run.len)
-            };
-            let filled = out.len() + cut.run.len;
-            // SAFETY: the bytes up to `filled` are within the capacity (`spare` was) and were written by the copy above.
-            unsafe { out.set_len(filled) };
-        }
-        out.extend_from_slice(&self.head[at..]);
+    /// The whole frame in one piece.
+    pub(crate) fn gather(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.frame_bytes());
+        self.parts(|part| match part {
+            Part::Head(head) => bytes.extend_from_slice(head),
+            Part::Run(run) => run.copy_to(&mut bytes),
+        });
+        bytes
     }
 }
 
-/// A received frame, Ethernet header included, lent until the next [`receive`](crate::Link::receive).
-#[derive(Clone, Copy, Debug)]
-pub struct Received<'a> {
-    /// The whole frame.
-    pub bytes: &'a [u8],
-    /// When it arrived at this machine, as the kernel stamped it, on the scale of [`crate::clock::now`].
-    pub arrival: Instant,
+/// The frames of a link: a fixed number, used in order between two flushes.
+#[derive(Debug)]
+pub struct FramePool {
+    frames: Vec<TxFrame>,
+    queued: usize,
 }
 
-/// What [`flush`](crate::Link::flush) reports of a frame that the kernel refused. The link does not look into it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FrameId {
-    /// The worker's index of the session.
-    pub session: u32,
-    /// The packet number; 0 for a frame without one.
-    pub pn: u64,
+impl FramePool {
+    /// A pool whose heads hold a frame of `frame_bytes` without growing.
+    pub fn new(frame_bytes: usize) -> FramePool {
+        let frame = || TxFrame {
+            head: Vec::with_capacity(frame_bytes),
+            cuts: Vec::with_capacity(64),
+            id: FrameId::default(),
+        };
+        FramePool { frames: (0..FRAMES_PER_FLUSH_MAX).map(|_| frame()).collect(), queued: 0 }
+    }
+
+    /// The next free frame, emptied.
+    pub fn next_free(&mut self) -> Option<&mut TxFrame> {
+        let frame = self.frames.get_mut(self.queued)?;
+        frame.clear();
+        Some(frame)
+    }
+
+    /// The frame got last is complete.
+    pub fn commit(&mut self, id: FrameId) {
+        self.frames[self.queued].id = id;
+        self.queued += 1;
+    }
+
+    /// The queued frames.
+    pub fn queued(&self) -> &[TxFrame] {
+        &self.frames[..self.queued]
+    }
+
+    /// Forgets the queued frames.
+    pub fn clear(&mut self) {
+        self.queued = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_inserted_where_they_were_pushed() {
+        let (a, b) = (*b"AAA", *b"BB");
+        let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
+        for (at, bytes) in [(4, &a[..]), (4, &b[..]), (10, &a[..])] {
+            // SAFETY: the arrays outlive the frame.
+            frame.push_run(at, unsafe { Run::new(bytes.as_ptr(), bytes.len()) });
+        }
+        assert_eq!(frame.gather(), b"0123AAABB456789AAA");
+        assert_eq!(frame.frame_bytes(), 18);
+    }
+
+    #[test]
+    fn a_pool_has_a_fixed_number_of_frames() {
+        let mut pool = FramePool::new(100);
+        for pn in 0..FRAMES_PER_FLUSH_MAX as u64 {
+            pool.next_free().unwrap().head.push(1);
+            pool.commit(FrameId { session: 0, pn });
+        }
+        assert!(pool.next_free().is_none());
+        assert_eq!(pool.queued().len(), FRAMES_PER_FLUSH_MAX);
+        pool.clear();
+        assert!(pool.next_free().unwrap().head.is_empty());
+    }
 }

@@ -1,47 +1,74 @@
-//! Frames in and out of a machine: the only crate that knows AF_PACKET.
+//! Frames in and out of a machine: the only crate that knows packet sockets.
 //!
-//! Knows Ethernet frames as bytes and runs of foreign memory; does not know what is in them. The workers of both daemons call a [`Link`]:
-//! [`packet::PacketLink`] in production, [`memory::MemoryLink`] in tests, with the layers of [`stack`] in between.
+//! Knows whole Ethernet frames and what the kernel does with them; does not know what is in them, but for the two bytes that pick a worker.
+//! Both daemons' workers drive a [`Link`]; layers (`tap`, `faults`) stand between with the same trait.
 
 pub mod clock;
+
 mod frame;
+pub mod memory;
+mod mmap;
+pub mod packet;
+
 pub mod random;
 mod sys;
-pub mod wait;
 
-pub use frame::{CUTS_MAX, Cut, FRAMES_QUEUED_MAX, FrameId, Received, Run, TxFrame};
+pub mod wait;
 
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;
 
-/// A way to send and receive whole Ethernet frames, header included. Belongs to one worker.
+pub use frame::{Cut, FramePool, Run, TxFrame};
+
+/// A frame that came in.
+#[derive(Clone, Copy, Debug)]
+pub struct Received<'a> {
+    /// The whole frame, Ethernet header included.
+    pub bytes: &'a [u8],
+    /// When it reached this machine: the kernel's time stamp, on the clock of [`clock::now`].
+    pub arrival: Instant,
+}
+
+/// Names a queued frame to its sender: the session's index and the packet number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FrameId {
+    /// Index of the session on its worker.
+    pub session: u32,
+    /// Packet number.
+    pub pn: u64,
+}
+
+/// A way to send and receive frames. Nothing in it blocks.
 ///
-/// A turn: [`receive`](Link::receive) until `None`; then, while there is something to send, [`frame`](Link::frame), fill it,
-/// [`commit`](Link::commit); at its end [`flush`](Link::flush), also when nothing was committed. No call blocks.
+/// Order of calls in a turn: [`Link::receive`] until `None` or enough; then [`Link::frame`], fill, [`Link::commit`], again and again; then
+/// one [`Link::flush`].
 pub trait Link {
-    /// Bytes that a frame may have after its Ethernet header, 1500..=65535. Can change while the link lives (see the implementation).
+    /// Bytes of a frame after the Ethernet header, 1500 to 65535.
     fn mtu(&self) -> usize;
 
-    /// The address frames are sent from and received at. Can change while the link lives (see the implementation).
+    /// Our address on the segment.
     fn address(&self) -> MacAddress;
 
-    /// The next received frame, if there is one. The frame before it is given back by this call.
+    /// The next frame that came. The one before it is given back.
     fn receive(&mut self) -> Option<Received<'_>>;
 
-    /// A cleared frame to fill, or `None` when there is no room before the next flush. Asked again without a commit, the same frame comes,
-    /// cleared.
+    /// An empty frame to fill; `None` when there is no room before the next [`Link::flush`].
     fn frame(&mut self) -> Option<&mut TxFrame>;
 
-    /// The frame that [`frame`](Link::frame) gave is complete and queued.
+    /// The frame got last from [`Link::frame`] is complete: it is queued.
     fn commit(&mut self, id: FrameId);
 
-    /// Gives what is queued to the kernel in one batch. What it would not take is appended to `refused` and forgotten; the queue is empty
-    /// afterwards, and no run of memory is read any more.
+    /// Hands everything queued to the kernel in one batch. What the kernel will not take now is forgotten and named in `refused`. Memory
+    /// named by the frames is not read after this returns.
     fn flush(&mut self, refused: &mut Vec<FrameId>);
 
-    /// When the link wants to be called again although no file descriptor of it became ready: frames that a layer holds back, an interface
-    /// that is gone and looked for. A worker that sleeps counts this among its timers.
-    fn wake_at(&self) -> Option<Instant> {
+    /// When [`Link::receive`] must be called although no frame came, if ever: a lost interface is looked for then.
+    fn poll_timeout(&self) -> Option<Instant> {
         None
+    }
+
+    /// True once after the link was opened anew: address, MTU and file descriptor may be others now.
+    fn take_changed(&mut self) -> bool {
+        false
     }
 }

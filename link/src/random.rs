@@ -1,35 +1,24 @@
-//! Random numbers from the kernel, good enough for keys.
+//! Random numbers from the kernel, for nonces, cids and uuids.
 //!
-//! Called at start and per session, never per frame: each call is a system call.
+//! Knows no generator of its own.
 
 use crate::sys;
 
-/// Fills `bytes`.
-///
-/// # Panics
-/// If the kernel gives none: no nonce or cid would be safe then.
+/// Fills `bytes` with random ones.
 pub fn fill(bytes: &mut [u8]) {
-    sys::random(bytes).expect("getrandom does not fail once the kernel has booted");
+    sys::random(bytes);
 }
 
 /// A random number.
-///
-/// # Panics
-/// As [`fill`].
 pub fn u64() -> u64 {
     let mut bytes = [0; 8];
     fill(&mut bytes);
-    u64::from_ne_bytes(bytes)
+    u64::from_le_bytes(bytes)
 }
 
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn large_and_small_requests_are_filled_whole() {
-        let mut bytes = vec![0u8; 5000];
-        super::fill(&mut bytes);
-        // 64 zero bytes in a row have a chance of 5000 / 2^512.
-        assert!(bytes.chunks(64).all(|chunk| chunk.iter().any(|byte| *byte != 0)));
-        assert_ne!(super::u64(), super::u64());
-    }
+/// Sixteen random bytes.
+pub fn uuid() -> cirro_protocol::types::Uuid {
+    let mut bytes = [0; 16];
+    fill(&mut bytes);
+    cirro_protocol::types::Uuid(bytes)
 }

@@ -1,129 +1,81 @@
-//! The system calls that have no safe form in the standard library: clocks with a known epoch, epoll, random bytes.
+//! The system calls of this crate that have nothing to do with packets: clocks, random bytes, epoll.
 //!
-//! Thin and total: each function is one call, its errors as `io::Error`. Called by `clock`, `wait`, `random` and the packet link's ring of
-//! descriptors. (Those of packet sockets are in `packet::sys`.)
-#![allow(unsafe_code, reason = "system calls through libc")]
+//! Knows how to call them safely and nothing of why.
+#![allow(unsafe_code, reason = "system calls; each block states what its call needs")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use cirro_protocol::time::Nanos;
-
-/// A clock of the kernel.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum ClockId {
-    /// Never jumps.
-    Monotonic,
-    /// The wall clock.
-    Realtime,
-}
-
-/// The clock's time in nanoseconds.
-pub(crate) fn clock_ns(clock: ClockId) -> u64 {
-    let id = match clock {
-        ClockId::Monotonic => libc::CLOCK_MONOTONIC,
-        ClockId::Realtime => libc::CLOCK_REALTIME,
-    };
+/// A clock's time in nanoseconds.
+#[inline]
+pub(crate) fn clock_ns(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is valid for writes; both clocks exist on every Linux, so the call cannot fail.
-    let result = unsafe { libc::clock_gettime(id, &raw mut time) };
-    assert_eq!(result, 0, "every Linux has this clock");
+    // SAFETY: `time` is a valid timespec to write to; the clocks used here always exist.
+    let result = unsafe { libc::clock_gettime(clock, &mut time) };
+    assert!(result == 0, "clock_gettime({clock}): {}", io::Error::last_os_error());
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Fills `bytes` with random ones.
-pub(crate) fn random(mut bytes: &mut [u8]) -> io::Result<()> {
+/// Fills `bytes` from getrandom(2).
+pub(crate) fn random(mut bytes: &mut [u8]) {
     while !bytes.is_empty() {
-        // SAFETY: the pointer and length are those of a slice that we may write.
-        let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => bytes = &mut bytes[count..],
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+        // SAFETY: the pointer and length are those of a live mutable slice.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        if got > 0 {
+            bytes = &mut bytes[got as usize..];
+        } else {
+            let error = io::Error::last_os_error();
+            assert!(error.kind() == io::ErrorKind::Interrupted, "getrandom: {error}");
         }
-    }
-    Ok(())
-}
-
-/// What epoll reports of one descriptor.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct EpollEvent(libc::epoll_event);
-
-impl EpollEvent {
-    /// The token it was added with.
-    pub(crate) fn token(&self) -> u64 {
-        self.0.u64
-    }
-}
-
-impl std::fmt::Debug for EpollEvent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "EpollEvent({})", self.token())
     }
 }
 
 /// A new epoll instance.
 pub(crate) fn epoll_create() -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are passed.
+    // SAFETY: takes no pointer.
     let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just given us this descriptor; nobody else has it.
+    // SAFETY: the call has just returned this descriptor, which nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Adds a descriptor, level-triggered, for reading.
-pub(crate) fn epoll_add(epoll: BorrowedFd<'_>, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: token };
-    // SAFETY: `event` is valid for reads for the time of the call; the descriptors are borrowed and so open.
-    let result =
-        unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd.as_raw_fd(), &raw mut event) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Takes a descriptor out.
-pub(crate) fn epoll_remove(epoll: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: EPOLL_CTL_DEL ignores the event pointer; the descriptors are borrowed and so open.
-    let result = unsafe {
-        libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd.as_raw_fd(), std::ptr::null_mut())
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Waits and fills `events`, up to its capacity, which is not zero. A signal ends it with nothing.
-pub(crate) fn epoll_wait(
-    epoll: BorrowedFd<'_>,
-    timeout: Option<Nanos>,
-    events: &mut Vec<EpollEvent>,
+/// Adds (`EPOLL_CTL_ADD`) or removes (`EPOLL_CTL_DEL`) a descriptor, level-triggered, for reading.
+pub(crate) fn epoll_control(
+    epoll: &OwnedFd,
+    operation: i32,
+    fd: BorrowedFd<'_>,
+    token: u64,
 ) -> io::Result<()> {
-    events.clear();
-    let timeout = timeout.map(|span| libc::timespec {
-        tv_sec: (span.0 / 1_000_000_000) as libc::time_t,
-        tv_nsec: (span.0 % 1_000_000_000) as libc::c_long,
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: token };
+    // SAFETY: both descriptors are open for the borrow; `event` is valid and only read.
+    let result = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd.as_raw_fd(), &mut event) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits for events, at most `timeout_ns` (`None`: for ever). Returns how many.
+pub(crate) fn epoll_wait(
+    epoll: &OwnedFd,
+    events: &mut [libc::epoll_event],
+    timeout_ns: Option<u64>,
+) -> io::Result<usize> {
+    let time = timeout_ns.map(|ns| libc::timespec {
+        tv_sec: (ns / 1_000_000_000) as libc::time_t,
+        tv_nsec: (ns % 1_000_000_000) as libc::c_long,
     });
-    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: `events` has room for `capacity` events, which are `repr(transparent)` over the kernel's; `timeout` is null or points to a
-    // local that outlives the call; no signal mask is passed.
+    let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: `events` is a live mutable slice of that many entries; `time` is null or points to a live timespec; no signal mask.
     let count = unsafe {
-        libc::epoll_pwait2(
+        libc::syscall(
+            libc::SYS_epoll_pwait2,
             epoll.as_raw_fd(),
-            events.as_mut_ptr().cast::<libc::epoll_event>(),
-            events.capacity().min(i32::MAX as usize) as i32,
-            timeout,
-            std::ptr::null(),
+            events.as_mut_ptr(),
+            events.len() as libc::c_int,
+            time,
+            std::ptr::null::<libc::sigset_t>(),
+            0usize,
         )
     };
-    let Ok(count) = usize::try_from(count) else {
-        let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
-    };
-    // SAFETY: the kernel filled `count` events, at most the capacity.
-    unsafe { events.set_len(count) };
-    Ok(())
+    if count >= 0 { Ok(count as usize) } else { Err(io::Error::last_os_error()) }
 }

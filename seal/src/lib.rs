@@ -29,10 +29,17 @@ pub struct Nonces {
     pub receiver: u64,
 }
 
+impl From<(u64, u64)> for Nonces {
+    /// From the pair that the core gives: the sender's, the receiver's.
+    fn from((sender, receiver): (u64, u64)) -> Nonces {
+        Nonces { sender, receiver }
+    }
+}
+
 /// Where a received frame differs from what was sealed. The frame is dropped and counted; nothing of it may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// The tag is wrong: damage outside the payloads, another session's frame, or another sealing mode.
+    /// The tag is wrong: damage outside the payloads, or another session's frame.
     #[error("tag mismatch")]
     Tag,
     /// A payload differs from its CRC.
@@ -41,6 +48,9 @@ pub enum Mismatch {
         /// Which of the frame's data payloads, from 0.
         index: usize,
     },
+    /// The frame is sealed in a mode that is not handled here.
+    #[error("another sealing mode")]
+    Mode,
 }
 
 /// Appends the CRCs of one payload, one per 4 KiB counted from its start (the last may cover less).
@@ -66,7 +76,7 @@ pub fn seal_crc(nonces: Nonces, head: &mut Vec<u8>) {
 /// [`Mismatch`] says what differs first; the tag is looked at before any payload.
 pub fn open_crc(nonces: Nonces, frame: &Frame<'_>) -> Result<(), Mismatch> {
     if frame.header.mode != Mode::Crc {
-        return Err(Mismatch::Tag);
+        return Err(Mismatch::Mode);
     }
     let (bytes, trailer_start) = (frame.bytes(), frame.trailer_start());
     let tag_start = bytes.len().checked_sub(TAG_BYTES).ok_or(Mismatch::Tag)?;
