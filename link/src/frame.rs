@@ -86,9 +86,14 @@ pub(crate) enum Part<'a> {
 
 impl TxFrame {
     /// Inserts `run` before offset `at` of the head, after what was inserted there before. Offsets never decrease.
-    pub fn push_run(&mut self, at: usize, run: Run) {
+    pub fn push_cut(&mut self, at: usize, run: Run) {
         assert!(self.cuts.last().is_none_or(|cut| cut.at <= at), "cuts in order");
         self.cuts.push(Cut { at, run });
+    }
+
+    /// The same under another name.
+    pub fn push_run(&mut self, at: usize, run: Run) {
+        self.push_cut(at, run);
     }
 
     /// Empties the frame.
@@ -98,8 +103,18 @@ impl TxFrame {
     }
 
     /// Bytes of the whole frame.
-    pub fn frame_bytes(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.head.len() + self.cuts.iter().map(|cut| cut.run.len()).sum::<usize>()
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same as `len` under another name.
+    pub fn frame_bytes(&self) -> usize {
+        self.len()
     }
 
     /// Who it is to its sender.

@@ -67,6 +67,11 @@ pub trait Link {
         None
     }
 
+    /// The same under another name.
+    fn wake_at(&self) -> Option<Instant> {
+        self.poll_timeout()
+    }
+
     /// True once after the link was opened anew: address, MTU and file descriptor may be others now.
     fn take_changed(&mut self) -> bool {
         false

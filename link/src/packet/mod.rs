@@ -129,6 +129,8 @@ pub struct PacketLink {
     group: Arc<Group>,
     worker: u16,
     generation: u32,
+    /// An epoll instance that holds the port's socket: one descriptor to wait for, whatever becomes of the port.
+    readable: OwnedFd,
     port: Option<Port>,
     /// Kept when the port is lost.
     address: MacAddress,
@@ -167,7 +169,8 @@ pub fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(u16, Vec<P
     let links = (0u16..)
         .zip(ports)
         .map(|(worker, port)| PacketLink::new(Arc::clone(&group), worker, port, now))
-        .collect();
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(group.failed("epoll"))?;
     Ok((group.process.load(Ordering::Relaxed) as u16, links))
 }
 
@@ -258,14 +261,19 @@ impl Group {
 const FANOUT: &str = "fan-out group";
 
 impl PacketLink {
-    fn new(group: Arc<Group>, worker: u16, port: Option<Port>, now: Instant) -> PacketLink {
+    fn new(group: Arc<Group>, worker: u16, port: Option<Port>, now: Instant) -> io::Result<PacketLink> {
+        let readable = crate::sys::epoll_create()?;
+        if let Some(port) = &port {
+            crate::sys::epoll_control(&readable, libc::EPOLL_CTL_ADD, port.socket.as_fd(), 0)?;
+        }
         let generation = group.generation.load(Ordering::Acquire);
         let (address, mtu) =
             port.as_ref().map_or((MacAddress::default(), MTU_MIN), |port| (port.address, port.mtu));
-        PacketLink {
+        Ok(PacketLink {
             group,
             worker,
             generation,
+            readable,
             port,
             address,
             mtu,
@@ -277,12 +285,12 @@ impl PacketLink {
             error_at: now,
             changed: false,
             drops: Arc::default(),
-        }
+        })
     }
 
-    /// The socket to wait for; `None` while the interface is away.
+    /// What to wait for: the same as [`AsFd`].
     pub fn socket(&self) -> Option<BorrowedFd<'_>> {
-        self.port.as_ref().map(|port| port.socket.as_fd())
+        Some(self.as_fd())
     }
 
     /// The name of the interface.
@@ -350,6 +358,11 @@ impl PacketLink {
         self.port = reopening.waiting.get_mut(usize::from(self.worker)).and_then(Option::take);
         if let Some(port) = &self.port {
             (self.address, self.mtu) = (port.address, port.mtu);
+            if let Err(error) =
+                crate::sys::epoll_control(&self.readable, libc::EPOLL_CTL_ADD, port.socket.as_fd(), 0)
+            {
+                log::error!("interface {}: cannot wait for frames: {error}", self.group.interface);
+            }
         }
         self.changed = true;
         self.drops.reopened.fetch_add(1, Ordering::Relaxed);
@@ -377,6 +390,13 @@ impl PacketLink {
     /// After an error on the socket: the kernel reports a pending one once, and what it means is found by looking at the interface.
     fn suspect(&mut self) {
         self.check_at = self.check_at.min(self.now + LOOK_EVERY);
+    }
+}
+
+/// Readable when a frame has come. Stays the same descriptor when the interface goes and comes back.
+impl AsFd for PacketLink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.readable.as_fd()
     }
 }
 

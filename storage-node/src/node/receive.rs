@@ -72,7 +72,7 @@ fn check_seal(session: &Session, source: MacAddress, frame: &Frame<'_>) -> Resul
     let (sender, receiver) = session.target.nonces_in();
     open_crc(Nonces { sender, receiver }, frame).map_err(|mismatch| match mismatch {
         Mismatch::Payload { .. } => DropReason::PayloadCrc,
-        Mismatch::Tag => DropReason::Tag,
+        Mismatch::Tag | Mismatch::Mode => DropReason::Tag,
     })
 }
 
