@@ -277,6 +277,24 @@ fn a_frame_with_too_much_in_it_is_refused() {
     assert_eq!((frame(32, &data, 32), frame(33, &data, 33)), (Ok(32), Err(Reject::TooMany)));
 }
 
+/// P-12: bytes that are reserved for later are not looked at. P-22: a frame in another mode than the session's does not open.
+#[test]
+fn what_is_for_later_versions_changes_nothing_now() {
+    let reads = golden("req-reads");
+    let bytes = reads.bytes();
+    let nonces = Nonces::from(reads.nonces);
+    let first = |bytes: &[u8]| Frame::parse(bytes).unwrap().messages().next().unwrap().message;
+    for offset in [15, MESSAGE_BYTES + 20, MESSAGE_BYTES + 23] {
+        let mut message = first(&with(&bytes, MESSAGES_AT + offset, 0x81));
+        message.flags = 0;
+        message.request.as_mut().unwrap().map_version = 0;
+        assert_eq!(message, first(&bytes), "message byte {offset}");
+    }
+    let sealed_otherwise = [&with(&bytes, ETHERNET_BYTES, 0x21), [0; 12].as_slice()].concat();
+    let frame = Frame::parse(&sealed_otherwise).unwrap();
+    assert_eq!((frame.header.mode, open_crc(nonces, &frame)), (Mode::Aead, Err(Mismatch::Mode)));
+}
+
 /// P-24, P-25: control payloads are refused as a whole.
 #[test]
 fn a_control_payload_that_breaks_a_rule_is_refused() {

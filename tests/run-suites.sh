@@ -13,14 +13,14 @@ logs=${CARGO_TARGET_DIR:-target}/test-logs
 # name | budget in seconds | command. The budgets add up to 25 minutes.
 suites=(
     'install|60|tests/install.sh'
-    'build|400|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet'
+    'build|400|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet && cargo test --release -p cirro-tests --no-run --locked --quiet'
     'lint|100|tests/lint.sh'
     'unit|120|cargo test --workspace --exclude cirro-tests --locked'
     'tidy|10|cargo test -p cirro-tests --test tidy --locked'
     'golden|10|cargo test -p cirro-tests --test golden --locked'
     'dissector|20|cargo test -p cirro-tests --test dissector --locked'
     'fuzz|120|tests/fuzz/run.sh build'
-    'e2e|420|cargo test --release -p cirro-tests --test e2e --locked -- --test-threads=1'
+    'e2e|420|cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
     'guest|240|qemu/guest-test.sh'
 )
 
