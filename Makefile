@@ -23,7 +23,7 @@ fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))
 
 bench: ## Measure, beside other ways to the same disk; writes docs/PERFORMANCE.md.
-	tests/bench/run.sh
+	cargo run --release --locked -p cirro-tests --bin cirro-bench
 
 doc: ## Build the API documentation of our crates.
 	cargo doc --workspace --no-deps --document-private-items --locked

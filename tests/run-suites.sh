@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 1
 logs=${CARGO_TARGET_DIR:-target}/test-logs
 # name | budget in seconds | command. The budgets add up to 25 minutes.
 suites=(
-    'install|60|tests/install.sh'
+    'install|120|tests/install.sh'
     'build|400|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet && cargo test --release -p cirro-tests --no-run --locked --quiet'
     'lint|100|tests/lint.sh'
     'unit|120|cargo test --workspace --exclude cirro-tests --locked'
@@ -20,8 +20,8 @@ suites=(
     'golden|10|cargo test -p cirro-tests --test golden --locked'
     'dissector|20|cargo test -p cirro-tests --test dissector --locked'
     'fuzz|120|tests/fuzz/run.sh build'
-    'e2e|420|cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
-    'guest|240|qemu/guest-test.sh'
+    'e2e|400|cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
+    'guest|200|qemu/guest-test.sh'
 )
 
 passed=0
@@ -76,6 +76,12 @@ main() {
         echo "tests/run-suites.sh: run it as root: the tests make network namespaces and install packages" >&2
         exit 1
     fi
+    for name in "$@"; do
+        if [[ " ${suites[*]%%|*} " != *" $name "* ]]; then
+            echo "tests/run-suites.sh: no suite $name; there are: ${suites[*]%%|*}" >&2
+            exit 2
+        fi
+    done
     for suite in "${suites[@]}"; do
         IFS='|' read -r name budget command <<<"$suite"
         case $name in
