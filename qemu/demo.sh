@@ -18,16 +18,24 @@ USAGE="usage: demo.sh [--loss PERCENT] [--vcpus N] [--mtu N] [--bin-dir DIR] [--
   --keep          leave the raw file, logs and statistics for a look"
 
 parse() {
+  local option
   while (($#)); do
-    case $1 in
-      --loss) LOSS_PERCENT=${2:-} && need_number "$1" "$LOSS_PERCENT" && shift 2 ;;
-      --vcpus) VCPUS=${2:-} && need_number "$1" "$VCPUS" && shift 2 ;;
-      --mtu) MTU=${2:-} && need_number "$1" "$MTU" && shift 2 ;;
-      --bin-dir) BIN_DIR=$(cd "${2:-}" && pwd) && shift 2 ;;
-      --keep) KEEP=yes && shift ;;
+    option=$1
+    shift
+    case $option in
       --help) say "$USAGE" && exit 0 ;;
+      --keep) KEEP=yes && continue ;;
+      --loss | --vcpus | --mtu) need_number "$option" "${1:-}" ;;
+      --bin-dir) need_directory "$option" "${1:-}" ;;
       *) say "$USAGE" >&2 && exit 2 ;;
     esac
+    case $option in
+      --loss) LOSS_PERCENT=$1 ;;
+      --vcpus) VCPUS=$1 ;;
+      --mtu) MTU=$1 ;;
+      --bin-dir) BIN_DIR=$(realpath "$1") ;;
+    esac
+    shift
   done
 }
 

@@ -84,3 +84,7 @@ need_root() {
 need_number() {
   [[ $2 =~ ^[0-9]+$ ]] || die "$1 wants a whole number, not \"$2\""
 }
+
+need_directory() {
+  [[ -d $2 ]] || die "$1 wants a directory, not \"$2\""
+}

@@ -103,6 +103,9 @@ run_disk_work() {
   undo stop_process "$guest_pid"
   tail -s 0.1 --pid="$guest_pid" -n +1 -f "$REPORT" | show_progress &
   progress_pid=$!
+  while runs "$guest_pid" && runs "$NODE_PID" && runs "$BACKEND_PID"; do sleep 0.2; done
+  runs "$NODE_PID" || daemon_failed cirro-node "ended while the guest was at work"
+  runs "$BACKEND_PID" || daemon_failed cirro-backend "ended while the guest was at work"
   wait "$guest_pid" || status=$?
   wait "$progress_pid" || true
   ((status == 0)) && return

@@ -15,8 +15,15 @@ SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' ACC
 SCRIPT='' VARIABLES=()
 QEMU=${QEMU:-qemu-system-x86_64}
 
+usage_error() {
+  say "$USAGE" >&2
+  exit 2
+}
+
 parse() {
-  while (($#)); do
+  while [[ ${1:-} == --* ]]; do
+    [[ $1 != --help ]] || { say "$USAGE" && exit 0; }
+    (($# > 1)) || usage_error
     case $1 in
       --socket) SOCKET=$2 ;;
       --netns) NETNS=$2 ;;
@@ -26,13 +33,11 @@ parse() {
       --timeout) TIMEOUT_S=$2 ;;
       --console) CONSOLE=$2 ;;
       --accel) ACCEL=$2 ;;
-      --help) say "$USAGE" && exit 0 ;;
-      -*) say "$USAGE" >&2 && exit 2 ;;
-      *) break ;;
+      *) usage_error ;;
     esac
-    shift 2 || { say "$USAGE" >&2 && exit 2; }
+    shift 2
   done
-  (($#)) || { say "$USAGE" >&2 && exit 2; }
+  (($#)) || usage_error
   SCRIPT=$1
   VARIABLES=("${@:2}")
   QUEUES=${QUEUES:-$VCPUS}
