@@ -345,13 +345,16 @@ pub fn pinned(namespace: &Namespace, cpu: Option<u32>, program: impl AsRef<std::
     }
 }
 
-/// Starts `qemu-storage-daemon` with a vhost-user-blk export `NAME.sock` of the block node that `blockdev` describes (its `node-name` must be `disk`).
+/// Starts `qemu-storage-daemon` with a vhost-user-blk export `NAME.sock` of the block node that `blockdev` describes (its `node-name` must be `disk`),
+/// on the I/O thread `io` if the command makes one.
 pub fn qemu_storage_daemon(scratch: &Scratch, name: &str, blockdev: &str, mut command: Command) -> Daemon {
     let socket = scratch.path(&format!("{name}.sock"));
+    let iothread = command.get_args().any(|argument| argument == "iothread,id=io");
     command.args(["--blockdev", blockdev, "--export"]);
     command.arg(format!(
-        "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues=4",
-        socket.display()
+        "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues=4{}",
+        socket.display(),
+        if iothread { ",iothread=io" } else { "" }
     ));
     let mut daemon = Daemon::start(scratch, name, &mut command);
     daemon.wait_until("made its socket", |_| socket.exists());

@@ -141,6 +141,18 @@ impl Outcome {
         Duration::from_nanos(self.latency.max())
     }
 
+    /// The distribution of latency, a line for each power of two that occurred.
+    pub fn histogram_lines(&self) -> String {
+        let mut lines = String::new();
+        for bucket in
+            self.latency.iter_log(1024, 2.0).filter(|bucket| bucket.count_since_last_iteration() > 0)
+        {
+            let below = micros(bucket.value_iterated_to());
+            lines += &format!("    up to {below:>12} us {:>9}\n", bucket.count_since_last_iteration());
+        }
+        lines
+    }
+
     /// One line: how many, and the latency's distribution.
     pub fn line(&self) -> String {
         let at = |quantile| micros(self.latency.value_at_quantile(quantile));
@@ -205,6 +217,7 @@ impl FrontEnd {
         blkio.connect()?;
         let count = i32::try_from(shape.queues).expect("few queues");
         blkio.set_i32("num-queues", if shape.poll { 0 } else { count })?;
+        blkio.set_i32("queue-size", ring_size(shape.depth))?;
         blkio.set_i32("num-poll-queues", if shape.poll { count } else { 0 })?;
         let started = blkio.start()?;
         let slots = shape.queues * shape.depth;
@@ -393,6 +406,11 @@ struct Run {
     /// Slots without a request, the longest resting first.
     resting: VecDeque<usize>,
     requests: u64,
+}
+
+/// A request takes three descriptors: header, data, status.
+fn ring_size(depth: usize) -> i32 {
+    i32::try_from((4 * depth).next_power_of_two().max(128)).expect("a shallow queue")
 }
 
 fn slot_bytes(shape: &Shape) -> usize {

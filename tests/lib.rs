@@ -4,6 +4,7 @@
 
 pub mod daemons;
 pub mod frontend;
+pub mod load;
 pub mod loss;
 pub mod netns;
 pub mod sys;

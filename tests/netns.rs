@@ -201,6 +201,14 @@ pub(crate) fn run(line: &str) -> String {
     output(Command::new(words.next().expect("a program")).args(words), line)
 }
 
+/// Runs a shell command outside of every machine and gives what it printed.
+///
+/// # Panics
+/// It failed.
+pub fn shell(line: &str) -> String {
+    output(Command::new("sh").args(["-c", line]), line)
+}
+
 pub(crate) fn output(command: &mut Command, line: &str) -> String {
     let output = command.stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|error| {

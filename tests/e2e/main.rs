@@ -4,3 +4,8 @@
 //! Knows nothing of the daemons' insides. What a failed test shows are the daemons' own logs.
 
 mod fixture;
+mod matrix;
+mod path;
+mod rig;
+mod sessions;
+mod sharing;
