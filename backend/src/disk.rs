@@ -78,6 +78,8 @@ pub struct Disk {
     /// A stop ran into its deadline and nothing has been heard since: further stops do not wait.
     stalled: bool,
     refusal: Option<Status>,
+    /// When the volume was last opened, lost or refused.
+    since: Instant,
     first_ring: usize,
     chain: Chain,
     /// Descriptors to watch or to forget, for whoever puts the worker to sleep.
@@ -101,6 +103,7 @@ impl Disk {
             write_through: false,
             stalled: false,
             refusal: None,
+            since: Instant::default(),
             first_ring: 0,
             chain: Chain::default(),
             kick_changes: Vec::new(),
@@ -190,10 +193,13 @@ impl Disk {
 
     fn report(&self) -> SessionReport {
         SessionReport {
-            state: format!("{:?}", self.initiator.state()).to_lowercase(),
+            state: self.initiator.state(),
+            since: self.since,
+            refusal: self.refusal,
+            node: self.initiator.node_address(),
+            stats: self.initiator.stats(),
             requests: self.pending.len(),
             rings: self.rings.iter().filter(|place| place.served.is_some()).count(),
-            session: format!("{:?}", self.initiator.stats()),
         }
     }
 
@@ -220,7 +226,7 @@ impl Disk {
                 }
                 Event::Attached(info, access) => {
                     self.stalled = false;
-                    self.refusal = None;
+                    (self.refusal, self.since) = (None, now);
                     log::info!("volume {}: open {access:?}, {} sectors", self.volume, info.capacity_sectors);
                     self.set_info(info);
                 }
@@ -228,8 +234,11 @@ impl Disk {
                     log::info!("volume {}: has changed, {} sectors", self.volume, info.capacity_sectors);
                     self.set_info(info);
                 }
-                Event::Refused(status, info) => self.log_refusal(status, &info),
-                Event::Lost(cause) => self.log_loss(cause),
+                Event::Refused(status, info) => self.refused(now, status, &info),
+                Event::Lost(cause) => {
+                    self.since = now;
+                    self.log_loss(cause);
+                }
             }
         }
     }
@@ -246,10 +255,12 @@ impl Disk {
         self.attach.set(info);
     }
 
-    fn log_refusal(&mut self, status: Status, info: &VolumeInfo) {
+    /// Told once per answer: the node is asked again and again.
+    fn refused(&mut self, now: Instant, status: Status, info: &VolumeInfo) {
         if self.refusal.replace(status) == Some(status) {
             return;
         }
+        self.since = now;
         match status {
             Status::Busy => log::warn!(
                 "volume {}: another attachment holds it (epoch {}); waiting for it to let go. If it is gone for good, start with --take-over",
@@ -260,7 +271,16 @@ impl Disk {
                 "volume {}: another attachment took it over; writes fail. Stop this disk, or take the volume back with --take-over",
                 self.volume
             ),
-            _ => log::warn!(
+            Status::Ok
+            | Status::Io
+            | Status::NoSpace
+            | Status::Stale
+            | Status::Retry
+            | Status::Invalid
+            | Status::ReadOnly
+            | Status::Corrupt
+            | Status::Access
+            | Status::Unsupported => log::warn!(
                 "volume {}: the node refuses it ({status:?}); asking again until it agrees",
                 self.volume
             ),

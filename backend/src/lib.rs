@@ -12,6 +12,7 @@ pub mod guest_memory;
 pub mod inherited;
 pub mod mailbox;
 pub mod pending;
+pub mod report;
 pub mod request;
 pub mod ring;
 pub mod server;

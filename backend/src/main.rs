@@ -12,11 +12,14 @@ use cirro_backend::attach::Attach;
 use cirro_backend::config::{CAPABILITIES, Config, DiskEntry, Flags};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::mailbox::{Change, DiskId, Mailbox, mailbox};
+use cirro_backend::report::{DiskView, View};
 use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_ctl::daemon::{self, Usage};
+use cirro_ctl::report::Report;
+use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
 use cirro_link::packet::{self, PacketLink};
 use cirro_link::{Link, clock, random};
@@ -54,44 +57,22 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         config.link
     );
 
-    let ended = Arc::new(AtomicBool::new(false));
-    let mut workers = Vec::new();
-    let mut disk_threads = Vec::new();
-    let mut listening: Vec<_> = listening.into_iter().map(Some).collect();
-    for (index, link) in links.into_iter().enumerate() {
-        let (mailbox, inbox) = mailbox().context("cannot make a mailbox")?;
-        let steer = Steer::new(process, index as u16);
-        let mut worker = Worker::new(link, steer, inbox, Arc::new(WorkerStats::default()));
-        let own = (0..config.disks.len()).filter(|disk| disk % usize::from(config.workers) == index);
-        for (cid_index, number) in own.enumerate() {
-            let attach = Arc::new(Attach::default());
-            let entry = &config.disks[number];
-            let place =
-                Place { steer, cid_index: cid_index as u16, state: &states[number], poll_us: config.poll_us };
-            let disk = make_disk(entry, &place, worker.link(), Arc::clone(&attach));
-            let id = DiskId(number as u16);
-            worker.add(id, disk);
-            let server = DiskServer {
-                id,
-                entry: entry.clone(),
-                link: config.link.clone(),
-                mailbox: mailbox.clone(),
-                attach,
-                stop: stop.clone(),
-                connected: Arc::default(),
-            };
-            disk_threads.push((server, listening[number].take().expect("each disk is on one worker")));
+    let crew = Crew::new(&config, &states, process, links, &stop)?;
+    let Crew { workers, disks, view } = crew;
+    let _control = match &config.ctl_socket {
+        Some(path) => {
+            Some(Server::start(path, move |request| Report::Backend(view.report()).answer(&request))?)
         }
-        workers.push(start_worker(
-            index,
-            worker,
-            mailbox,
-            &ended,
-            Nanos::from_micros(config.poll_us.into()),
-        )?);
-    }
-    let disk_threads = disk_threads.into_iter().map(start_disk).collect::<anyhow::Result<Vec<_>>>()?;
-    let served = disk_threads.into_iter().try_for_each(join);
+        None => None,
+    };
+    let ended = Arc::new(AtomicBool::new(false));
+    let poll = Nanos::from_micros(config.poll_us.into());
+    let workers = workers
+        .into_iter()
+        .map(|(mailbox, worker)| Ok((mailbox, start_worker(worker, &ended, poll)?)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let disks = disks.into_iter().zip(listening).map(start_disk).collect::<anyhow::Result<Vec<_>>>()?;
+    let served = disks.into_iter().try_for_each(join);
     ended.store(true, Ordering::Relaxed);
     let stopped = workers.into_iter().try_for_each(|(mailbox, thread)| {
         // Any command rings the bell, and the worker sees the end.
@@ -100,6 +81,85 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     });
     log::info!("ended");
     served.and(stopped)
+}
+
+/// What the threads will own, and what can be seen of it.
+struct Crew {
+    workers: Vec<(Mailbox, Worker<PacketLink>)>,
+    /// In the order of the configuration.
+    disks: Vec<DiskServer>,
+    view: View,
+}
+
+impl Crew {
+    /// Deals the disks out to the workers in turn.
+    fn new(
+        config: &Config,
+        states: &[State],
+        process: u16,
+        links: Vec<PacketLink>,
+        stop: &Stop,
+    ) -> anyhow::Result<Crew> {
+        let view = View {
+            started_ns: clock::now().0,
+            interface: config.link.clone(),
+            address: links[0].address(),
+            mtu: links[0].mtu() as u32,
+            workers: Vec::new(),
+            drops: links.iter().map(PacketLink::drops).collect(),
+            disks: Vec::new(),
+        };
+        let mut crew = Crew { workers: Vec::new(), disks: Vec::new(), view };
+        for (index, link) in (0u16..).zip(links) {
+            let (mailbox, inbox) = mailbox().context("cannot make a mailbox")?;
+            let stats = Arc::new(WorkerStats::default());
+            crew.view.workers.push(Arc::clone(&stats));
+            crew.workers.push((mailbox, Worker::new(link, Steer::new(process, index), inbox, stats)));
+        }
+        for (number, (entry, state)) in config.disks.iter().zip(states).enumerate() {
+            let place = Place {
+                worker: number as u16 % config.workers,
+                cid_index: number as u16 / config.workers,
+                process,
+                poll_us: config.poll_us,
+            };
+            crew.add_disk(DiskId(number as u16), (entry, state), &place, (&config.link, stop));
+        }
+        Ok(crew)
+    }
+
+    fn add_disk(
+        &mut self,
+        id: DiskId,
+        (entry, state): (&DiskEntry, &State),
+        place: &Place,
+        (link, stop): (&str, &Stop),
+    ) {
+        let (mailbox, worker) = &mut self.workers[usize::from(place.worker)];
+        let (attach, stats, connected) =
+            (Arc::<Attach>::default(), Arc::<DiskStats>::default(), Arc::default());
+        worker_disk(worker, id, (entry, state, place), (Arc::clone(&attach), Arc::clone(&stats)));
+        self.view.disks.push(DiskView {
+            id,
+            entry: entry.clone(),
+            worker: place.worker,
+            attachment: state.attachment,
+            session_epoch: state.session_epoch(),
+            mailbox: mailbox.clone(),
+            attach: Arc::clone(&attach),
+            stats,
+            connected: Arc::clone(&connected),
+        });
+        self.disks.push(DiskServer {
+            id,
+            entry: entry.clone(),
+            link: link.to_owned(),
+            mailbox: mailbox.clone(),
+            attach,
+            stop: stop.clone(),
+            connected,
+        });
+    }
 }
 
 fn read_config(flags: &Flags) -> anyhow::Result<Config> {
@@ -117,22 +177,29 @@ fn read_config(flags: &Flags) -> anyhow::Result<Config> {
 }
 
 /// Where a disk lives.
-struct Place<'a> {
-    steer: Steer,
+struct Place {
+    worker: u16,
+    /// Its number among the disks of its worker.
     cid_index: u16,
-    state: &'a State,
+    process: u16,
     poll_us: u32,
 }
 
-fn make_disk(entry: &DiskEntry, place: &Place<'_>, link: &PacketLink, attach: Arc<Attach>) -> Disk {
+fn worker_disk(
+    worker: &mut Worker<PacketLink>,
+    id: DiskId,
+    (entry, state, place): (&DiskEntry, &State, &Place),
+    (attach, stats): (Arc<Attach>, Arc<DiskStats>),
+) {
+    let link = worker.link();
     let initiator = initiator::Config {
         volume: entry.volume,
-        attachment: place.state.attachment,
-        session_epoch: place.state.session_epoch(),
+        attachment: state.attachment,
+        session_epoch: state.session_epoch(),
         address: link.address(),
         ethertype: ETHERTYPE_DEFAULT,
         node_address: entry.node,
-        steer: place.steer,
+        steer: Steer::new(place.process, place.worker),
         cid_index: place.cid_index,
         mtu: link.mtu() as u16,
         slots: SLOTS_MAX as u16,
@@ -141,33 +208,25 @@ fn make_disk(entry: &DiskEntry, place: &Place<'_>, link: &PacketLink, attach: Ar
         ack_delay_max: Nanos::from_micros(if place.poll_us > 0 { 50 } else { 200 }),
         random_seed: random::u64(),
     };
-    Disk::new(DiskConfig {
+    let disk = Disk::new(DiskConfig {
         volume: entry.volume,
         read_only: entry.read_only,
         queues: entry.queues,
         initiator: Initiator::new(initiator, clock::now()),
         attach,
-        stats: Arc::new(DiskStats::default()),
-    })
+        stats,
+    });
+    worker.add(id, disk);
 }
 
 type Thread = JoinHandle<anyhow::Result<()>>;
 
-fn start_worker(
-    index: usize,
-    worker: Worker<PacketLink>,
-    mailbox: Mailbox,
-    ended: &Arc<AtomicBool>,
-    poll: Nanos,
-) -> anyhow::Result<(Mailbox, Thread)> {
+fn start_worker(worker: Worker<PacketLink>, ended: &Arc<AtomicBool>, poll: Nanos) -> anyhow::Result<Thread> {
     let ended = Arc::clone(ended);
-    let thread = std::thread::Builder::new()
-        .name(format!("worker-{index}"))
-        .spawn(move || {
-            run_worker(worker, &ended, poll).with_context(|| format!("worker {index} cannot wait for events"))
-        })
-        .context("cannot start a worker thread")?;
-    Ok((mailbox, thread))
+    std::thread::Builder::new()
+        .name("worker".to_owned())
+        .spawn(move || run_worker(worker, &ended, poll).context("a worker cannot wait for events"))
+        .context("cannot start a worker thread")
 }
 
 fn start_disk((server, listening): (DiskServer, Listening)) -> anyhow::Result<Thread> {

@@ -15,6 +15,7 @@ use std::time::Duration;
 use cirro_ctl::stop::Stop;
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
+use cirro_protocol::initiator::StateName;
 use cirro_protocol::time::Nanos;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
@@ -275,7 +276,7 @@ impl DiskServer {
         let mut looks_left = RELEASE_TIME.as_millis() / 5;
         self.mailbox.ask(self.id, Change::Close);
         while let Some(Answer::Session(report)) = self.mailbox.ask(self.id, Change::Report) {
-            if !matches!(report.state.as_str(), "opening" | "probing") || looks_left == 0 {
+            if !matches!(report.state, StateName::Opening | StateName::Probing) || looks_left == 0 {
                 break;
             }
             looks_left -= 1;

@@ -87,7 +87,7 @@ impl<L: Link> Worker<L> {
 
     /// The worker goes to sleep.
     pub fn slept(&self) {
-        self.stats.sleeps.add(1);
+        self.stats.meter.wakeups.add(1);
     }
 
     /// Where commands come in.
@@ -97,7 +97,7 @@ impl<L: Link> Worker<L> {
 
     /// One pass over everything. Always in this order.
     pub fn turn(&mut self, now: Instant) -> Turn {
-        self.stats.turns.add(1);
+        self.stats.meter.turns.add(1);
         let commands_left = self.obey(now);
         let (received, link_empty) = self.receive(now);
         let link_changed = self.link.take_changed();
@@ -164,8 +164,9 @@ impl<L: Link> Worker<L> {
         let mut long_left = LONG_PER_TURN_MAX;
         for count in 0..FRAMES_PER_TURN_MAX {
             let Some(received) = self.link.receive() else { return (count, true) };
-            self.stats.frames_in.add(1);
             let (bytes, arrival) = (received.bytes, received.arrival);
+            self.stats.meter.frames_in.add(1);
+            self.stats.meter.bytes_in.add(bytes.len() as u64);
             let is_long = bytes.get(cirro_protocol::types::ETHERNET_BYTES..).and_then(Header::is_long);
             let taken = match is_long {
                 None => Err(Drop::Malformed),
@@ -246,7 +247,8 @@ impl<L: Link> Worker<L> {
         }
         let len = frame.frame_bytes();
         self.link.commit(FrameId { session: index as u32, pn: transmit.pn });
-        self.stats.frames_out.add(1);
+        self.stats.meter.frames_out.add(1);
+        self.stats.meter.bytes_out.add(len as u64);
         Sent::Frame(len)
     }
 

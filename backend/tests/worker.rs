@@ -181,7 +181,7 @@ fn every_kind_of_request_has_its_answer() {
     assert_eq!(rig.one(&mut ring, (4, 0), 0, 0).status, 0, "flush");
     let id = rig.one(&mut ring, (8, 0), DATA, 20);
     assert_eq!((id.status, id.len, ring.read(DATA, 20)), (0, 21, b"CIRRO-0123456789abcd".to_vec()));
-    let mut segment = [8u64.to_le_bytes(), (16u64 | 0 << 32).to_le_bytes()].concat();
+    let mut segment = [8u64.to_le_bytes(), 16u64.to_le_bytes()].concat();
     ring.write(DATA, &segment);
     assert_eq!(rig.one(&mut ring, (13, 0), DATA, 16).status, 0, "write zeroes");
     assert!(
@@ -348,7 +348,7 @@ fn what_a_link_refuses_is_sent_when_it_takes_frames_again() {
 
 #[test]
 fn a_broken_ring_is_left_alone_and_the_others_are_served() {
-    let (mut rig, mut ring) = Rig::ready(9000);
+    let (mut rig, ring) = Rig::ready(9000);
     let (mut other, _signals) = rig.start(1, true);
     ring.jump(300);
     rig.run(Nanos::from_millis(1));

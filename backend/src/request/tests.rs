@@ -148,7 +148,8 @@ fn a_chain_without_end_is_refused_without_a_status() {
 
 #[test]
 fn odd_buffers_get_a_status_when_its_place_is_known() {
-    let cases: [(&[(u64, u32, bool)], Reject, Option<u64>); 8] = [
+    type Parts<'a> = &'a [(u64, u32, bool)];
+    let cases: [(Parts<'_>, Reject, Option<u64>); 8] = [
         (&[(HEADER, 16, false), (DATA, 0, true), (STATUS, 1, true)], Reject::Empty, Some(STATUS)),
         (&[(HEADER, 8, false), (STATUS, 1, true)], Reject::Header, Some(STATUS)),
         (&[(DATA, 512, true), (HEADER, 16, false), (STATUS, 1, true)], Reject::Order, Some(STATUS)),
