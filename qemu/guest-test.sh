@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The guest run of `make test`: what demo.sh does, with less data, no build and no report. The exit code says all.
 #
-# The daemons are expected in the target directory's release folder, or where --bin-dir says. One line is
-# printed when it passed; when it failed, what failed and the last lines of every log.
+# The daemons are expected in the target directory's release folder, or where --bin-dir says. It prints what was done and a
+# line `test NAME ... ok` for the gate to count; when it failed, what failed and the last lines of every log.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -49,7 +49,8 @@ main() {
   if [[ -n $VERBOSE ]]; then run_disk_work; else run_disk_work >/dev/null; fi
   stop_daemons
   check_volume
-  say "guest-test: ok, $(guest_value tree-files) files and $((2 * VCPUS * FIO_MIB)) MiB of verified writes, $(guest_value queues) queues, MTU $MTU, $LOSS_PERCENT % loss, $((SECONDS - started_s)) s"
+  say "$(guest_value tree-files) files and $((2 * VCPUS * FIO_MIB)) MiB of verified writes in $((SECONDS - started_s)) s"
+  say "test guest::queues_$(guest_value queues)_mtu_${MTU}_loss_$LOSS_PERCENT ... ok"
 }
 
 main "$@"

@@ -117,9 +117,12 @@ run_disk_work() {
   die "the guest's work on the disk failed ($(sed -n 's/^failed //p' "$REPORT"), exit $status)"
 }
 
-# ask_stats NAME: keeps what a daemon says of itself while it still runs. Not having it fails nothing but the report.
+# ask_stats NAME: keeps what a daemon counted, told over its control socket while it still runs.
 ask_stats() {
-  "$BIN_DIR/cirroctl" stats --json --ctl-socket "$WORK/$1.ctl" >"$WORK/$1.stats" 2>"$WORK/$1.stats.err" || true
+  "$BIN_DIR/cirroctl" stats --json --ctl-socket "$WORK/$1.ctl" >"$WORK/$1.stats" 2>"$WORK/cirroctl.log" || {
+    show_tail cirroctl "$WORK/cirroctl.log"
+    die "the $1 does not tell its counters"
+  }
 }
 
 # stop_daemons: on SIGTERM both end by themselves with exit code 0.
