@@ -1,15 +1,19 @@
 //! A frame being built for sending, as a head and the places where foreign memory is inserted.
 //!
 //! Knows nothing of how it is sent. Filled by workers, read by links.
-#![allow(unsafe_code, reason = "Run::new states what its caller promises; Run::bytes relies on it")]
+#![allow(unsafe_code, reason = "a run of guest memory is named by its address; TxFrame::gather reads it")]
 
 use crate::FrameId;
 
 /// Frames that a link holds between two flushes: a window's worth of 8 KiB frames would be 512, but the kernel takes them in batches, and
 /// more than 64 gain nothing (measured figures: `docs/PERFORMANCE.md`).
-pub(crate) const FRAMES_PER_FLUSH_MAX: usize = 64;
+pub const FRAMES_QUEUED_MAX: usize = 64;
+/// Cuts for which a frame has room from the start: 64 KiB in runs of 1 KiB. More are legal and make it grow once.
+const CUTS_EXPECTED: usize = 64;
 
 /// A run of memory that a link reads once: guest pages or a node's buffers.
+///
+/// Not a slice: a guest may change the bytes at any time, so no reference to them ever exists.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
     start: *const u8,
@@ -23,38 +27,26 @@ impl Run {
     /// Names `len` bytes at `start`.
     ///
     /// # Safety
-    /// The bytes are mapped and may be read until the next [`crate::Link::flush`] of the link that gets the run has returned. They may change
-    /// meanwhile (a guest may write to them): the link copies them and makes no reference to them.
-    pub unsafe fn new(start: *const u8, len: usize) -> Run {
+    /// The bytes are mapped, may be read, and no `&mut` to them is alive, for as long as the run is in a frame: until [`TxFrame::clear`] or
+    /// the frame's end. Every link clears its queued frames before its [`flush`](crate::Link::flush) returns. The bytes may change meanwhile
+    /// (a guest may write to them): links copy them and make no reference to them.
+    pub const unsafe fn new(start: *const u8, len: usize) -> Run {
         Run { start, len }
     }
 
     /// Address of the first byte.
-    pub fn start(&self) -> *const u8 {
+    pub const fn start(&self) -> *const u8 {
         self.start
     }
 
     /// How many bytes.
-    pub fn len(&self) -> usize {
+    pub const fn len(&self) -> usize {
         self.len
     }
 
     /// True if it names no byte.
-    pub fn is_empty(&self) -> bool {
+    pub const fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Appends a copy of the bytes to `to`.
-    pub(crate) fn copy_to(&self, to: &mut Vec<u8>) {
-        to.reserve(self.len);
-        let end = to.len();
-        // SAFETY: `end` is within the capacity just reserved, so the pointer stays inside the allocation.
-        let free = unsafe { to.as_mut_ptr().add(end) };
-        // SAFETY: the source is readable by the promise of `Run::new`; the destination has `len` free bytes; they cannot overlap, for the
-        // destination is owned by `to`.
-        unsafe { std::ptr::copy_nonoverlapping(self.start, free, self.len) };
-        // SAFETY: the `len` bytes up to the new length were written by the copy.
-        unsafe { to.set_len(end + self.len) };
     }
 }
 
@@ -68,12 +60,13 @@ pub struct Cut {
 }
 
 /// A frame being built. `head` holds in order every byte that is not a volume's data: Ethernet header, frame header, message headers, control
-/// payloads, padding, CRC trailer, tag. Runs of foreign memory are inserted by [`TxFrame::push_run`].
+/// payloads, padding, CRC trailer, tag. Runs of foreign memory are inserted by [`TxFrame::push_cut`].
 #[derive(Debug, Default)]
 pub struct TxFrame {
     /// See above.
     pub head: Vec<u8>,
     cuts: Vec<Cut>,
+    cut_bytes: usize,
     id: FrameId,
 }
 
@@ -85,10 +78,25 @@ pub(crate) enum Part<'a> {
 }
 
 impl TxFrame {
-    /// Inserts `run` before offset `at` of the head, after what was inserted there before. Offsets never decrease.
+    /// An empty frame whose head takes `frame_bytes` without growing.
+    pub fn with_capacity(frame_bytes: usize) -> TxFrame {
+        TxFrame {
+            head: Vec::with_capacity(frame_bytes),
+            cuts: Vec::with_capacity(CUTS_EXPECTED),
+            ..TxFrame::default()
+        }
+    }
+
+    /// Inserts `run` before offset `at` of the head, after what was inserted there before. An empty run is left out.
+    ///
+    /// # Panics
+    /// If `at` is smaller than that of the cut before.
     pub fn push_cut(&mut self, at: usize, run: Run) {
         assert!(self.cuts.last().is_none_or(|cut| cut.at <= at), "cuts in order");
-        self.cuts.push(Cut { at, run });
+        if !run.is_empty() {
+            self.cuts.push(Cut { at, run });
+            self.cut_bytes += run.len;
+        }
     }
 
     /// The same under another name.
@@ -96,15 +104,21 @@ impl TxFrame {
         self.push_cut(at, run);
     }
 
+    /// What was inserted, in order.
+    pub fn cuts(&self) -> &[Cut] {
+        &self.cuts
+    }
+
     /// Empties the frame.
     pub fn clear(&mut self) {
         self.head.clear();
         self.cuts.clear();
+        self.cut_bytes = 0;
     }
 
     /// Bytes of the whole frame.
     pub fn len(&self) -> usize {
-        self.head.len() + self.cuts.iter().map(|cut| cut.run.len()).sum::<usize>()
+        self.head.len() + self.cut_bytes
     }
 
     /// True if there are none.
@@ -117,12 +131,20 @@ impl TxFrame {
         self.len()
     }
 
-    /// Who it is to its sender.
-    pub(crate) fn id(&self) -> FrameId {
+    /// Who it is to its sender, as said at [`FramePool::commit`].
+    pub fn id(&self) -> FrameId {
         self.id
     }
 
+    /// Most parts that [`TxFrame::parts`] can give.
+    pub(crate) fn parts_max(&self) -> usize {
+        2 * self.cuts.len() + 1
+    }
+
     /// Hands the parts to `put` in the order in which they go on the wire.
+    ///
+    /// # Panics
+    /// If a cut lies behind the end of the head: its sender's fault.
     pub(crate) fn parts<'a>(&'a self, mut put: impl FnMut(Part<'a>)) {
         let mut done = 0;
         for cut in &self.cuts {
@@ -137,14 +159,24 @@ impl TxFrame {
         }
     }
 
-    /// The whole frame in one piece.
-    pub(crate) fn gather(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.frame_bytes());
+    /// Appends the whole frame in one piece to `to`: the one copy of the runs.
+    ///
+    /// # Panics
+    /// If a cut lies behind the end of the head: its sender's fault.
+    pub fn gather(&self, to: &mut Vec<u8>) {
+        to.reserve(self.len());
         self.parts(|part| match part {
-            Part::Head(head) => bytes.extend_from_slice(head),
-            Part::Run(run) => run.copy_to(&mut bytes),
+            Part::Head(head) => to.extend_from_slice(head),
+            Part::Run(run) => {
+                let free = &mut to.spare_capacity_mut()[..run.len];
+                // SAFETY: the source is readable by the promise of `Run::new`, for the run is in this frame; the destination was just bounded
+                // to `len` bytes; they cannot overlap, for the destination is free room of `to`.
+                unsafe { std::ptr::copy_nonoverlapping(run.start, free.as_mut_ptr().cast::<u8>(), run.len) };
+                let end = to.len() + run.len;
+                // SAFETY: within the capacity, as `free` was; the bytes up to `end` were written by the copy.
+                unsafe { to.set_len(end) };
+            }
         });
-        bytes
     }
 }
 
@@ -156,14 +188,10 @@ pub struct FramePool {
 }
 
 impl FramePool {
-    /// A pool whose heads hold a frame of `frame_bytes` without growing.
+    /// A pool of [`FRAMES_QUEUED_MAX`] whose heads hold a frame of `frame_bytes` without growing.
     pub fn new(frame_bytes: usize) -> FramePool {
-        let frame = || TxFrame {
-            head: Vec::with_capacity(frame_bytes),
-            cuts: Vec::with_capacity(64),
-            id: FrameId::default(),
-        };
-        FramePool { frames: (0..FRAMES_PER_FLUSH_MAX).map(|_| frame()).collect(), queued: 0 }
+        let frames = (0..FRAMES_QUEUED_MAX).map(|_| TxFrame::with_capacity(frame_bytes)).collect();
+        FramePool { frames, queued: 0 }
     }
 
     /// The next free frame, emptied.
@@ -174,6 +202,9 @@ impl FramePool {
     }
 
     /// The frame got last is complete.
+    ///
+    /// # Panics
+    /// If there was none: its sender's fault.
     pub fn commit(&mut self, id: FrameId) {
         self.frames[self.queued].id = id;
         self.queued += 1;
@@ -184,38 +215,59 @@ impl FramePool {
         &self.frames[..self.queued]
     }
 
-    /// Forgets the queued frames.
+    /// Forgets the queued frames and every run in them.
     pub fn clear(&mut self) {
+        self.frames[..self.queued].iter_mut().for_each(TxFrame::clear);
         self.queued = 0;
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    #[test]
-    fn runs_are_inserted_where_they_were_pushed() {
-        let (a, b) = (*b"AAA", *b"BB");
-        let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
-        for (at, bytes) in [(4, &a[..]), (4, &b[..]), (10, &a[..])] {
-            // SAFETY: the arrays outlive the frame.
-            frame.push_run(at, unsafe { Run::new(bytes.as_ptr(), bytes.len()) });
-        }
-        assert_eq!(frame.gather(), b"0123AAABB456789AAA");
-        assert_eq!(frame.frame_bytes(), 18);
+    /// A run that is always good.
+    pub(crate) fn static_run(bytes: &'static [u8]) -> Run {
+        // SAFETY: static memory is readable for ever.
+        unsafe { Run::new(bytes.as_ptr(), bytes.len()) }
     }
 
     #[test]
-    fn a_pool_has_a_fixed_number_of_frames() {
+    fn runs_are_inserted_where_they_were_pushed() {
+        let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
+        for (at, bytes) in [(4, &b"AAA"[..]), (4, b"BB"), (7, b""), (10, b"AAA")] {
+            frame.push_cut(at, static_run(bytes));
+        }
+        let mut bytes = b"before ".to_vec();
+        frame.gather(&mut bytes);
+        assert_eq!(bytes, b"before 0123AAABB456789AAA");
+        assert_eq!((frame.len(), frame.cuts().len()), (18, 3));
+        frame.clear();
+        assert!(frame.is_empty() && frame.cuts().is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "cuts in order")]
+    fn a_cut_before_the_last_one_is_a_bug() {
+        let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
+        frame.push_cut(4, static_run(b"a"));
+        frame.push_cut(3, static_run(b"b"));
+    }
+
+    #[test]
+    fn a_pool_has_a_fixed_number_of_frames_and_forgets_their_runs() {
         let mut pool = FramePool::new(100);
-        for pn in 0..FRAMES_PER_FLUSH_MAX as u64 {
-            pool.next_free().unwrap().head.push(1);
+        for pn in 0..FRAMES_QUEUED_MAX as u64 {
+            let frame = pool.next_free().unwrap();
+            frame.head.push(1);
+            frame.push_cut(1, static_run(b"data"));
             pool.commit(FrameId { session: 0, pn });
         }
         assert!(pool.next_free().is_none());
-        assert_eq!(pool.queued().len(), FRAMES_PER_FLUSH_MAX);
+        assert_eq!(pool.queued().len(), FRAMES_QUEUED_MAX);
+        assert_eq!(pool.queued()[9].id(), FrameId { session: 0, pn: 9 });
         pool.clear();
+        assert!(pool.queued().is_empty() && pool.frames.iter().all(TxFrame::is_empty));
         assert!(pool.next_free().unwrap().head.is_empty());
     }
 }

@@ -9,8 +9,8 @@ mod frame;
 pub mod memory;
 mod mmap;
 pub mod packet;
-
 pub mod random;
+
 mod sys;
 
 pub mod wait;
@@ -18,7 +18,7 @@ pub mod wait;
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;
 
-pub use frame::{Cut, FramePool, Run, TxFrame};
+pub use frame::{Cut, FRAMES_QUEUED_MAX, FramePool, Run, TxFrame};
 
 /// A frame that came in.
 #[derive(Clone, Copy, Debug)]
@@ -38,21 +38,22 @@ pub struct FrameId {
     pub pn: u64,
 }
 
-/// A way to send and receive frames. Nothing in it blocks.
+/// A way to send and receive whole Ethernet frames, header included. Belongs to one worker. Nothing in it blocks.
 ///
 /// Order of calls in a turn: [`Link::receive`] until `None` or enough; then [`Link::frame`], fill, [`Link::commit`], again and again; then
-/// one [`Link::flush`].
+/// one [`Link::flush`], also when nothing was committed (a layer may hold frames that are due).
 pub trait Link {
-    /// Bytes of a frame after the Ethernet header, 1500 to 65535.
+    /// Bytes of a frame after the Ethernet header, 1500 to 65535. Can change while the link lives: see [`Link::take_changed`].
     fn mtu(&self) -> usize;
 
-    /// Our address on the segment.
+    /// Our address on the segment. Can change while the link lives: see [`Link::take_changed`].
     fn address(&self) -> MacAddress;
 
     /// The next frame that came. The one before it is given back.
     fn receive(&mut self) -> Option<Received<'_>>;
 
-    /// An empty frame to fill; `None` when there is no room before the next [`Link::flush`].
+    /// An empty frame to fill; `None` when there is no room before the next [`Link::flush`]. Asked again without a commit, it gives the same
+    /// frame, emptied.
     fn frame(&mut self) -> Option<&mut TxFrame>;
 
     /// The frame got last from [`Link::frame`] is complete: it is queued.
@@ -62,7 +63,8 @@ pub trait Link {
     /// named by the frames is not read after this returns.
     fn flush(&mut self, refused: &mut Vec<FrameId>);
 
-    /// When [`Link::receive`] must be called although no frame came, if ever: a lost interface is looked for then.
+    /// When [`Link::receive`] and [`Link::flush`] must be called although no frame came, if ever: a lost interface is looked for then, or a
+    /// frame that a layer held back is due.
     fn poll_timeout(&self) -> Option<Instant> {
         None
     }
@@ -72,7 +74,8 @@ pub trait Link {
         self.poll_timeout()
     }
 
-    /// True once after the link was opened anew: address, MTU and file descriptor may be others now.
+    /// True once after the link was opened anew: address and MTU may be others now. Sessions that were made with another address or a larger
+    /// MTU are at their end: peers drop frames from an address they do not know.
     fn take_changed(&mut self) -> bool {
         false
     }

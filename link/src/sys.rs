@@ -41,7 +41,7 @@ pub(crate) fn epoll_create() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Adds (`EPOLL_CTL_ADD`) or removes (`EPOLL_CTL_DEL`) a descriptor, level-triggered, for reading.
+/// Adds (`EPOLL_CTL_ADD`), changes (`EPOLL_CTL_MOD`) or removes (`EPOLL_CTL_DEL`) a descriptor, level-triggered, for reading.
 pub(crate) fn epoll_control(
     epoll: &OwnedFd,
     operation: i32,

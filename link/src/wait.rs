@@ -29,12 +29,18 @@ impl Waiter {
         Ok(Waiter { epoll: sys::epoll_create()?, events: vec![empty; EVENTS_MAX] })
     }
 
-    /// Adds `fd`; `token` names it in [`Waiter::wait`]. A descriptor leaves the set when it is closed.
+    /// Adds `fd`; `token` names it in [`Waiter::wait`]. One that is in the set already gets the new token. A descriptor leaves the set when it
+    /// is closed.
     ///
     /// # Errors
-    /// When it is in the set, or cannot be waited for.
+    /// When it cannot be waited for (a plain file), or the kernel has no memory left.
     pub fn add(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        sys::epoll_control(&self.epoll, libc::EPOLL_CTL_ADD, fd, token)
+        match sys::epoll_control(&self.epoll, libc::EPOLL_CTL_ADD, fd, token) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                sys::epoll_control(&self.epoll, libc::EPOLL_CTL_MOD, fd, token)
+            }
+            other => other,
+        }
     }
 
     /// Takes `fd` out.
@@ -69,6 +75,23 @@ mod tests {
     use std::time::Instant;
 
     #[test]
+    fn more_ready_descriptors_than_one_wait_names_come_in_turn() {
+        let pipes: Vec<_> = (0..EVENTS_MAX + 10).map(|_| std::io::pipe().unwrap()).collect();
+        let mut waiter = Waiter::new().unwrap();
+        for (token, (reader, writer)) in pipes.iter().enumerate() {
+            waiter.add(reader.as_fd(), token as u64).unwrap();
+            (&mut &*writer).write_all(b"x").unwrap();
+        }
+        let (mut seen, mut ready) = (std::collections::BTreeSet::new(), Vec::new());
+        for _ in 0..4 {
+            waiter.wait(Some(Nanos::ZERO), &mut ready).unwrap();
+            assert!(ready.len() <= EVENTS_MAX);
+            seen.extend(ready.iter().copied());
+        }
+        assert_eq!(seen.len(), pipes.len());
+    }
+
+    #[test]
     fn a_readable_descriptor_is_named_and_a_timeout_ends_the_wait() {
         let (reader, mut writer) = std::io::pipe().unwrap();
         let mut waiter = Waiter::new().unwrap();
@@ -78,8 +101,11 @@ mod tests {
         waiter.wait(Some(Nanos::from_micros(300)), &mut ready).unwrap();
         assert!(ready.is_empty() && start.elapsed().as_micros() >= 300);
         writer.write_all(b"x").unwrap();
-        waiter.wait(None, &mut ready).unwrap();
-        assert_eq!(ready, [7]);
+        for token in [7, 8] {
+            waiter.add(reader.as_fd(), token).unwrap();
+            waiter.wait(None, &mut ready).unwrap();
+            assert_eq!(ready, [token]);
+        }
         waiter.remove(reader.as_fd()).unwrap();
         waiter.wait(Some(Nanos::ZERO), &mut ready).unwrap();
         assert!(ready.is_empty());

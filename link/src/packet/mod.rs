@@ -2,41 +2,37 @@
 //! one of them at a cost that does not depend on how many sessions there are.
 //!
 //! Received frames are read where the kernel put them, in a mapped ring; sent frames are gathered by `sendmmsg` from where they lie: one copy,
-//! made by the kernel.
-//!
-//! An interface that goes away (and comes back with another index, address or MTU) does not end the link: frames are refused meanwhile. The
-//! first worker to find it back opens the sockets of the whole group, in order, for a member's place in the group is its number; the others
-//! take theirs at their next look.
+//! made by the kernel. Knows interfaces, sockets and errors of sending; of a frame's content only the two bytes that pick a worker.
 
+mod group;
 mod program;
 mod ring;
 mod sys;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{ETHERNET_BYTES, MTU_MAX, MTU_MIN, MacAddress, Steer};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::SockRef;
 
-use self::ring::Ring;
+use self::group::{Facts, Group, LOOK_EVERY, Port};
 use self::sys::SendBatch;
-use crate::clock::{self, WallClock};
+use crate::clock::{self, KernelClocks, Stamps};
 use crate::frame::FramePool;
 use crate::{FrameId, Link, Received, TxFrame};
 
-/// Memory for frames that the kernel holds until the interface takes them: twice the largest congestion window.
-const SEND_BUFFER_BYTES: usize = 8 << 20;
-/// How often a lost interface is looked for.
-const LOOK_EVERY: Nanos = Nanos::from_millis(50);
 /// How often a socket on which nothing comes is asked for its pending error, which would wake its worker for ever.
 const ERROR_EVERY: Nanos = Nanos::from_millis(10);
 /// How often a link that seems well is asked whether its interface is still the one it was bound to.
 const CHECK_EVERY: Nanos = Nanos::from_secs(1);
+/// Frames of one flush that the kernel may refuse one by one before the rest is refused unasked: an interface that drops some (a full
+/// queue, a policer) still takes the others, one that drops all is not asked 64 times.
+const REFUSALS_PER_FLUSH_MAX: usize = 8;
+/// Workers of one process: what a fan-out group takes (PACKET_FANOUT_MAX of kernels before 5.10).
+pub const WORKERS_MAX: u16 = 256;
 
 /// Why a link could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +61,11 @@ pub enum OpenError {
         /// Its name.
         interface: String,
     },
-    /// 64 processes use the interface already.
-    #[error("all {} process numbers of interface {interface} are taken", Steer::PROCESSES_MAX)]
+    /// 64 processes use the interface already, or another one took our number on an interface that came back.
+    #[error(
+        "no process number is free on interface {interface}: at most {} daemons share one",
+        Steer::PROCESSES_MAX
+    )]
     NoProcessNumber {
         /// Its name.
         interface: String,
@@ -83,63 +82,48 @@ pub enum OpenError {
     },
 }
 
-/// One worker's socket with its ring.
-#[derive(Debug)]
-struct Port {
-    ring: Ring,
-    socket: OwnedFd,
-    interface_index: u32,
-    address: MacAddress,
-    mtu: usize,
+impl OpenError {
+    fn kernel(step: &'static str, interface: &str, source: io::Error) -> OpenError {
+        OpenError::Kernel { step, interface: interface.to_owned(), source }
+    }
 }
 
-/// What the workers of a process share: how to open the group, and new ports that wait to be taken.
-#[derive(Debug)]
-struct Group {
-    interface: String,
-    ethertype: u16,
-    workers: u16,
-    process: AtomicU32,
-    /// Counts openings; a link whose own number is smaller has a port waiting.
-    generation: AtomicU32,
-    reopening: Mutex<Reopening>,
-}
-
-#[derive(Debug, Default)]
-struct Reopening {
-    /// The process number's claim: an abstract socket of this name.
-    claim: Option<UnixDatagram>,
-    waiting: Vec<Option<Port>>,
-}
-
-/// Frames that never reached a worker.
+/// What happened to one worker's link: counters that other threads may read.
 #[derive(Debug, Default)]
 pub struct Drops {
-    /// The ring was full.
+    /// Received frames for which the ring had no room.
     pub ring_full: AtomicU64,
-    /// For another address (a bridge floods; the interface is promiscuous).
-    pub other_host: AtomicU64,
+    /// Received frames longer than the MTU of when the ring was made.
+    pub truncated: AtomicU64,
+    /// Frames that the kernel would not send.
+    pub refused: AtomicU64,
     /// Times the interface was opened anew.
     pub reopened: AtomicU64,
 }
 
 /// The link of one worker.
+///
+/// **An interface that goes away** (removed, renamed, or down) does not end the link: frames are refused meanwhile, and it is looked for 20
+/// times a second. The first worker to find it opens the sockets of the whole group, in order, for a member's place in the group is its
+/// number; the others take theirs at their next look, and one that sleeps is woken by the first frame on its new socket. The descriptor to
+/// wait for ([`AsFd`]) stays the same. Somebody must call [`Link::receive`] at [`Link::poll_timeout`] for all this.
+///
+/// **What may be different afterwards** ([`Link::take_changed`] says so once): the address and the MTU, which are looked at once a second
+/// also while all is well. Frames from a new address belong to no session that peers know, so sessions end with it and are made anew. The
+/// process number stays.
+///
+/// All threads that use links of one group are in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct PacketLink {
     group: Arc<Group>,
     worker: u16,
     generation: u32,
-    /// An epoll instance that holds the port's socket: one descriptor to wait for, whatever becomes of the port.
-    readable: OwnedFd,
     port: Option<Port>,
-    /// Kept when the port is lost.
-    address: MacAddress,
-    mtu: usize,
+    /// What the port was opened for; kept while it is lost.
+    facts: Facts,
     pool: FramePool,
     batch: SendBatch,
-    wall: WallClock,
-    /// The clock at the last look; refreshed once per batch of frames.
-    now: Instant,
+    stamps: Stamps<KernelClocks>,
     check_at: Instant,
     error_at: Instant,
     changed: bool,
@@ -147,145 +131,40 @@ pub struct PacketLink {
 }
 
 /// Opens the links of a process's `workers` on `interface`. Returns the process number (0 to 63), which with a worker's index makes its
-/// [`Steer`], and a link for each worker.
+/// [`Steer`], and a link for each worker. The number is held while a link of the group lives.
 ///
 /// # Errors
 /// [`OpenError`], in words for an operator.
+///
+/// # Panics
+/// If `workers` is 0 or more than [`WORKERS_MAX`].
 pub fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(u16, Vec<PacketLink>), OpenError> {
-    assert!((1..=Steer::WORKERS_MAX).contains(&workers), "{workers} workers");
-    let group = Arc::new(Group {
-        interface: interface.to_owned(),
-        ethertype,
-        workers,
-        process: AtomicU32::new(u32::MAX),
-        generation: AtomicU32::new(0),
-        reopening: Mutex::default(),
-    });
-    let mut reopening = group.reopening.lock().unwrap_or_else(PoisonError::into_inner);
-    group.open_ports(&mut reopening)?;
-    let ports = std::mem::take(&mut reopening.waiting);
-    drop(reopening);
-    let now = clock::now();
-    let links = (0u16..)
-        .zip(ports)
-        .map(|(worker, port)| PacketLink::new(Arc::clone(&group), worker, port, now))
-        .collect::<io::Result<Vec<_>>>()
-        .map_err(group.failed("epoll"))?;
-    Ok((group.process.load(Ordering::Relaxed) as u16, links))
+    assert!((1..=WORKERS_MAX).contains(&workers), "{workers} workers");
+    let (group, process) = Group::open(interface, ethertype, workers)?;
+    let group = Arc::new(group);
+    let links = (0..workers).map(|worker| PacketLink::new(Arc::clone(&group), worker)).collect();
+    Ok((process, links))
 }
-
-impl Group {
-    fn failed(&self, step: &'static str) -> impl FnOnce(io::Error) -> OpenError {
-        let interface = self.interface.clone();
-        move |source| OpenError::Kernel { step, interface, source }
-    }
-
-    /// Opens a port for every worker, in order, and leaves them in `waiting`.
-    fn open_ports(&self, reopening: &mut Reopening) -> Result<(), OpenError> {
-        let interface = || self.interface.clone();
-        let index = sys::interface_index(&self.interface)
-            .map_err(|source| OpenError::NoInterface { interface: interface(), source })?;
-        let (process, claim) = self.claim_process(index)?;
-        let generation = self.generation.load(Ordering::Relaxed);
-        let ports = (0..16)
-            .find_map(|attempt| {
-                // Another group may have the number; the kernel then answers EINVAL, and the next one is tried.
-                let group = process << 10 | (generation.wrapping_add(attempt) & 0x3ff) as u16;
-                match (0..self.workers)
-                    .map(|_| self.open_port(index, process, group))
-                    .collect::<Result<Vec<_>, _>>()
-                {
-                    Err(OpenError::Kernel { step: FANOUT, source, .. })
-                        if source.raw_os_error() == Some(libc::EINVAL) =>
-                    {
-                        None
-                    }
-                    other => Some(other),
-                }
-            })
-            .unwrap_or_else(|| Err(self.failed(FANOUT)(io::Error::from_raw_os_error(libc::EINVAL))))?;
-        reopening.claim = Some(claim);
-        reopening.waiting = ports.into_iter().map(Some).collect();
-        self.process.store(u32::from(process), Ordering::Relaxed);
-        self.generation.fetch_add(1, Ordering::Release);
-        Ok(())
-    }
-
-    /// Takes a process number on the interface: the first whose abstract socket can be bound; the one we had if there is one.
-    fn claim_process(&self, index: u32) -> Result<(u16, UnixDatagram), OpenError> {
-        let had = u16::try_from(self.process.load(Ordering::Relaxed)).ok();
-        for number in had.into_iter().chain((0..Steer::PROCESSES_MAX).filter(|_| had.is_none())) {
-            let name = format!("cirro-{index}-{number}");
-            let address = SocketAddr::from_abstract_name(name).map_err(self.failed("process number"))?;
-            match UnixDatagram::bind_addr(&address) {
-                Ok(claim) => return Ok((number, claim)),
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                Err(error) => return Err(self.failed("process number")(error)),
-            }
-        }
-        Err(OpenError::NoProcessNumber { interface: self.interface.clone() })
-    }
-
-    fn open_port(&self, index: u32, process: u16, group: u16) -> Result<Port, OpenError> {
-        let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
-        // Protocol 0: nothing is received before the filter is there and the socket is bound.
-        let socket = Socket::new(Domain::PACKET, raw, None)
-            .map_err(self.failed("packet socket (CAP_NET_RAW is needed)"))?;
-        let fd = socket.as_fd();
-        if !sys::interface_is_up(fd, &self.interface).map_err(self.failed("flags"))? {
-            return Err(OpenError::Down { interface: self.interface.clone() });
-        }
-        let mtu = sys::interface_mtu(fd, &self.interface).map_err(self.failed("MTU"))?;
-        if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
-            return Err(OpenError::Mtu { interface: self.interface.clone(), mtu });
-        }
-        let address = sys::interface_address(fd, &self.interface).map_err(self.failed("address"))?;
-        let mut filter = program::frames_of_process(process);
-        sys::set_program(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut filter)
-            .map_err(self.failed("socket filter"))?;
-        let ring = Ring::new(fd, mtu).map_err(self.failed("receive ring"))?;
-        // The forced size needs CAP_NET_ADMIN; without it the kernel's limit holds, and refused frames tell.
-        let forced = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(SEND_BUFFER_BYTES as i32));
-        if forced.is_err() {
-            socket.set_send_buffer_size(SEND_BUFFER_BYTES).map_err(self.failed("send buffer"))?;
-        }
-        sys::bind(fd, index, self.ethertype).map_err(self.failed("bind"))?;
-        let fanout = u32::from(group) | libc::PACKET_FANOUT_CBPF << 16;
-        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &fanout).map_err(self.failed(FANOUT))?;
-        sys::set_program(fd, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, &mut program::worker_of_frame())
-            .map_err(self.failed("fan-out program"))?;
-        Ok(Port { ring, interface_index: index, address, mtu, socket: OwnedFd::from(socket) })
-    }
-}
-
-const FANOUT: &str = "fan-out group";
 
 impl PacketLink {
-    fn new(group: Arc<Group>, worker: u16, port: Option<Port>, now: Instant) -> io::Result<PacketLink> {
-        let readable = crate::sys::epoll_create()?;
-        if let Some(port) = &port {
-            crate::sys::epoll_control(&readable, libc::EPOLL_CTL_ADD, port.socket.as_fd(), 0)?;
-        }
-        let generation = group.generation.load(Ordering::Acquire);
-        let (address, mtu) =
-            port.as_ref().map_or((MacAddress::default(), MTU_MIN), |port| (port.address, port.mtu));
-        Ok(PacketLink {
+    fn new(group: Arc<Group>, worker: u16) -> PacketLink {
+        let (generation, port) = group.take_port(worker).expect("nobody else has the group yet");
+        let facts = port.as_ref().expect("each worker has a port").facts;
+        let now = clock::now();
+        PacketLink {
             group,
             worker,
             generation,
-            readable,
             port,
-            address,
-            mtu,
-            pool: FramePool::new(ETHERNET_BYTES + MTU_MAX),
+            facts,
+            pool: FramePool::new(ETHERNET_BYTES + facts.mtu),
             batch: SendBatch::new(),
-            wall: WallClock::default(),
-            now,
+            stamps: Stamps::default(),
             check_at: now + CHECK_EVERY,
             error_at: now,
             changed: false,
             drops: Arc::default(),
-        })
+        }
     }
 
     /// What to wait for: the same as [`AsFd`].
@@ -298,173 +177,147 @@ impl PacketLink {
         &self.group.interface
     }
 
-    /// Counters to read from other threads.
+    /// True while the interface is there and frames can be sent.
+    pub fn is_open(&self) -> bool {
+        self.port.is_some()
+    }
+
+    /// Counters to read from other threads. `ring_full` and `truncated` are brought up to date once a second.
     pub fn drops(&self) -> Arc<Drops> {
         Arc::clone(&self.drops)
     }
 
-    /// Once a second while all is well, twenty times a second while the interface is away: is the port still bound to the interface of this
-    /// name? If not it is let go, and opened anew when the interface is there.
-    fn check(&mut self) {
-        if self.port.is_some() {
-            self.check_at = self.now + CHECK_EVERY;
-            self.count_ring_drops();
-        } else {
-            self.check_at = self.now + LOOK_EVERY;
-        }
-        if self.group.generation.load(Ordering::Acquire) != self.generation {
+    /// What there is to do when no frame is there: see whether there is a new port, whether the socket has an error, and now and then
+    /// whether the interface is still the same.
+    fn look_around(&mut self) {
+        if self.group.generation() != self.generation {
             self.take_port();
-            return;
         }
-        let index = sys::interface_index(&self.group.interface).ok();
-        if let Some(port) = &self.port {
-            let mtu = sys::interface_mtu(port.socket.as_fd(), &self.group.interface).ok();
-            let address = sys::interface_address(port.socket.as_fd(), &self.group.interface).ok();
-            if index == Some(port.interface_index) && mtu == Some(port.mtu) && address == Some(port.address) {
-                return;
-            }
-            log::warn!(
-                "interface {} went away or changed; frames are refused until it is back",
-                self.group.interface
-            );
-            self.port = None;
-            self.changed = true;
-            self.check_at = self.now + LOOK_EVERY;
+        let now = clock::now();
+        if self.error_at <= now {
+            self.error_at = now + ERROR_EVERY;
+            self.take_error();
         }
-        if index.is_some() {
-            self.reopen();
+        if self.check_at <= now {
+            self.check(now);
         }
     }
 
-    fn reopen(&mut self) {
-        let group = Arc::clone(&self.group);
-        // Somebody else is at it: its port is taken at the next look.
-        let Ok(mut reopening) = group.reopening.try_lock() else { return };
-        if group.generation.load(Ordering::Acquire) == self.generation {
-            reopening.claim = None;
-            if let Err(error) = group.open_ports(&mut reopening) {
-                log::debug!("{error}");
+    /// The kernel reports an error of the socket once, to whoever asks first: here, or a send.
+    fn take_error(&mut self) {
+        let Some(port) = &self.port else { return };
+        match SockRef::from(&port.socket).take_error() {
+            Ok(Some(error)) | Err(error) if means_lost(&error) => self.lose("went away or down"),
+            Ok(Some(error)) | Err(error) => log::debug!("interface {}: {error}", self.group.interface),
+            Ok(None) => {}
+        }
+    }
+
+    fn check(&mut self, now: Instant) {
+        if let Some(port) = &mut self.port {
+            self.check_at = now + CHECK_EVERY;
+            let ring_full = sys::ring_drops(port.socket.as_fd()).unwrap_or(0);
+            self.drops.ring_full.fetch_add(u64::from(ring_full), Ordering::Relaxed);
+            self.drops.truncated.fetch_add(port.ring.take_truncated(), Ordering::Relaxed);
+            if self.group.look(&port.socket) == Some(port.facts) {
                 return;
             }
-            log::info!("interface {} is back", group.interface);
+            self.lose("went away or changed");
         }
-        drop(reopening);
-        self.take_port();
+        self.check_at = now + LOOK_EVERY;
+        self.group.reopen(now, self.generation);
+        if self.group.generation() != self.generation {
+            self.take_port();
+        }
+    }
+
+    /// Lets the port go. The interface is looked for at once, and then as often as is allowed.
+    fn lose(&mut self, why: &str) {
+        self.group.say_lost(why);
+        self.port = None;
+        self.check_at = Instant(0);
     }
 
     fn take_port(&mut self) {
-        let Ok(mut reopening) = self.group.reopening.try_lock() else { return };
-        self.generation = self.group.generation.load(Ordering::Acquire);
-        self.port = reopening.waiting.get_mut(usize::from(self.worker)).and_then(Option::take);
-        if let Some(port) = &self.port {
-            (self.address, self.mtu) = (port.address, port.mtu);
-            if let Err(error) =
-                crate::sys::epoll_control(&self.readable, libc::EPOLL_CTL_ADD, port.socket.as_fd(), 0)
-            {
-                log::error!("interface {}: cannot wait for frames: {error}", self.group.interface);
-            }
+        let Some((generation, port)) = self.group.take_port(self.worker) else { return };
+        self.generation = generation;
+        self.port = port;
+        let Some(port) = &self.port else { return };
+        if self.facts.mtu < port.facts.mtu {
+            self.pool = FramePool::new(ETHERNET_BYTES + port.facts.mtu);
         }
+        self.facts = port.facts;
         self.changed = true;
+        self.check_at = clock::now() + CHECK_EVERY;
         self.drops.reopened.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn count_ring_drops(&self) {
-        if let Some(Ok((_, dropped))) = self.port.as_ref().map(|port| sys::statistics(port.socket.as_fd())) {
-            self.drops.ring_full.fetch_add(u64::from(dropped), Ordering::Relaxed);
-        }
-    }
-
-    fn found_nothing(&mut self) {
-        self.now = clock::now();
-        if self.error_at <= self.now {
-            self.error_at = self.now + ERROR_EVERY;
-            let pending =
-                self.port.as_ref().and_then(|port| SockRef::from(&port.socket).take_error().ok().flatten());
-            if let Some(error) = pending {
-                log::debug!("{}: {error}", self.group.interface);
-                self.suspect();
-            }
-        }
-    }
-
-    /// After an error on the socket: the kernel reports a pending one once, and what it means is found by looking at the interface.
-    fn suspect(&mut self) {
-        self.check_at = self.check_at.min(self.now + LOOK_EVERY);
     }
 }
 
 /// Readable when a frame has come. Stays the same descriptor when the interface goes and comes back.
 impl AsFd for PacketLink {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.readable.as_fd()
+        self.group.readable(self.worker).as_fd()
     }
 }
 
 impl Link for PacketLink {
     fn mtu(&self) -> usize {
-        self.mtu
+        self.facts.mtu
     }
 
     fn address(&self) -> MacAddress {
-        self.address
+        self.facts.address
     }
 
+    #[inline]
     fn receive(&mut self) -> Option<Received<'_>> {
-        if self.check_at <= self.now {
-            self.check();
-        }
-        let port = self.port.as_mut()?;
-        let slot = loop {
-            let Some(slot) = port.ring.take() else {
-                self.found_nothing();
-                return None;
-            };
-            if slot.packet_type == libc::PACKET_HOST || slot.packet_type == libc::PACKET_BROADCAST {
-                break slot;
-            }
-            self.drops.other_host.fetch_add(1, Ordering::Relaxed);
+        let Some(slot) = self.port.as_mut().and_then(|port| port.ring.take()) else {
+            self.look_around();
+            return None;
         };
-        let mut arrival = self.wall.instant(self.now, slot.seconds, slot.nanoseconds);
-        if arrival == self.now {
-            // It came after the last look at the clock.
-            self.now = clock::now();
-            arrival = self.wall.instant(self.now, slot.seconds, slot.nanoseconds);
-        }
+        let arrival = self.stamps.instant(slot.seconds, slot.nanoseconds);
         let port = self.port.as_ref()?;
         Some(Received { bytes: port.ring.bytes(slot), arrival })
     }
 
+    #[inline]
     fn frame(&mut self) -> Option<&mut TxFrame> {
         self.pool.next_free()
     }
 
+    #[inline]
     fn commit(&mut self, id: FrameId) {
         self.pool.commit(id);
     }
 
     fn flush(&mut self, refused: &mut Vec<FrameId>) {
-        let mut done = 0;
-        while let Some(rest) = self.pool.queued().get(done..).filter(|rest| !rest.is_empty()) {
-            let Some(port) = &self.port else {
+        let (queued, refused_before) = (self.pool.queued(), refused.len());
+        let (mut done, mut lost) = (0, self.port.is_none());
+        while done < queued.len() {
+            let rest = &queued[done..];
+            let patience = refused.len() - refused_before < REFUSALS_PER_FLUSH_MAX;
+            let Some(port) = self.port.as_ref().filter(|_| patience && !lost) else {
                 refused.extend(rest.iter().map(TxFrame::id));
                 break;
             };
             match self.batch.send(port.socket.as_fd(), rest) {
-                Ok(sent) => done += sent.max(1),
+                Ok(sent) => done += sent,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // This frame alone does not fit (the MTU has just shrunk): the others may.
-                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                    refused.push(rest[0].id());
-                    done += 1;
-                }
                 Err(error) => {
-                    log::trace!("{}: {} frames refused: {error}", self.group.interface, rest.len());
-                    refused.extend(rest.iter().map(TxFrame::id));
-                    self.suspect();
-                    break;
+                    log::trace!("interface {}: frame refused: {error}", self.group.interface);
+                    // A full send buffer stays full for the rest of the batch; anything else may be this frame's alone.
+                    let full = error.kind() == io::ErrorKind::WouldBlock;
+                    let count = if full { rest.len() } else { 1 };
+                    refused.extend(rest[..count].iter().map(TxFrame::id));
+                    done += count;
+                    lost = means_lost(&error);
                 }
             }
         }
+        if lost && self.port.is_some() {
+            self.lose("went away or down");
+        }
+        self.drops.refused.fetch_add((refused.len() - refused_before) as u64, Ordering::Relaxed);
         self.pool.clear();
     }
 
@@ -475,4 +328,9 @@ impl Link for PacketLink {
     fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
+}
+
+/// The errors of a socket whose interface went down or away.
+fn means_lost(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV))
 }

@@ -1,35 +1,41 @@
 //! The receive ring of a packet socket (TPACKET_V2, Linux Documentation/networking/packet_mmap.rst): the kernel fills slots, we take them in
 //! order and give them back.
 //!
-//! Knows slots; does not know what is in a frame.
+//! Knows slots; does not know what is in a frame. Used by one `PacketLink`.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use cirro_protocol::types::ETHERNET_BYTES;
+use cirro_protocol::types::{ETHERNET_BYTES, MTU_MAX};
 
 use super::sys;
 use crate::mmap::Mapping;
 
 /// Memory of a worker's ring: four times the largest congestion window of 4 MiB, so that several sessions' bursts fit.
 const RING_BYTES: usize = 16 << 20;
-/// A block is contiguous for the kernel; frames do not cross blocks.
+/// Slots of a ring at least, for small frames need one each: 16 sessions that ack 64 frames. Only above MTU 16 K does this make the ring
+/// larger than [`RING_BYTES`] (69 MiB at 65535, which no wire outside one machine has).
+const SLOTS_MIN: usize = 1024;
+/// A block is contiguous for the kernel; frames do not cross blocks. Of 1 MiB at most 6 % is lost at its end, at any MTU.
 const BLOCK_BYTES: usize = 1 << 20;
-/// Room before a frame in its slot: tpacket2_hdr 32 and sockaddr_ll 20, rounded to 16, and the 16 bytes that the kernel keeps for the
-/// link-layer header.
-const SLOT_HEADER_BYTES: usize = 80;
+/// Where a frame begins in its slot. The kernel puts it at 66: tpacket2_hdr 32 and sockaddr_ll 20 and 16 for the link-layer header, rounded
+/// to 80, less 14. The rest is asked for (PACKET_RESERVE), so that a frame and its first payload, 64 bytes on, lie on cache lines.
+const FRAME_OFFSET: usize = 128;
+const RESERVE_BYTES: u32 = (FRAME_OFFSET - 66) as u32;
+/// Slots are multiples of a cache line (the kernel wants 16).
+const SLOT_ALIGN: usize = 64;
 
 const STATUS: usize = 0;
+const LEN: usize = 4;
 const SNAPLEN: usize = 8;
 const MAC: usize = 12;
 const SECONDS: usize = 16;
 const NANOSECONDS: usize = 20;
-/// sll_pkttype in the sockaddr_ll behind the 32-byte header.
-const PACKET_TYPE: usize = 32 + 10;
 const STATUS_KERNEL: u32 = 0;
 const STATUS_USER: u32 = 1;
 const TPACKET_V2: i32 = 1;
 
+/// struct tpacket_req.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RingRequest {
@@ -39,79 +45,144 @@ struct RingRequest {
     frames: u32,
 }
 
-/// Where a frame lies in the ring.
+/// How a ring is cut up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Geometry {
+    slot_bytes: usize,
+    slots_per_block: usize,
+    blocks: usize,
+}
+
+impl Geometry {
+    const fn for_mtu(mtu: usize) -> Geometry {
+        let slot_bytes = (FRAME_OFFSET + ETHERNET_BYTES + mtu).next_multiple_of(SLOT_ALIGN);
+        let slots_per_block = BLOCK_BYTES / slot_bytes;
+        let blocks = SLOTS_MIN.div_ceil(slots_per_block);
+        let blocks_min = RING_BYTES / BLOCK_BYTES;
+        Geometry {
+            slot_bytes,
+            slots_per_block,
+            blocks: if blocks < blocks_min { blocks_min } else { blocks },
+        }
+    }
+
+    const fn slots(&self) -> usize {
+        self.slots_per_block * self.blocks
+    }
+
+    const fn ring_bytes(&self) -> usize {
+        self.blocks * BLOCK_BYTES
+    }
+}
+
+/// Where a frame lies in the ring, and when the wall clock of its arrival.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SlotFrame {
-    pub(crate) offset: usize,
-    pub(crate) len: usize,
+    offset: usize,
+    len: usize,
     pub(crate) seconds: u32,
     pub(crate) nanoseconds: u32,
-    /// PACKET_HOST, PACKET_BROADCAST, …
-    pub(crate) packet_type: u8,
 }
 
 /// A ring.
 #[derive(Debug)]
 pub(crate) struct Ring {
     mapping: Mapping,
-    slot_bytes: usize,
-    slots_per_block: usize,
-    slots: usize,
+    geometry: Geometry,
+    /// Offset of the slot that is filled next, and its place in its block.
     next: usize,
+    next_in_block: usize,
     /// The slot taken last is still ours.
     held: Option<usize>,
+    /// Frames longer than a slot, dropped: the MTU grew, and the ring has not followed yet.
+    truncated: u64,
 }
 
 impl Ring {
     /// Gives the socket a ring for frames of `mtu` and maps it.
     pub(crate) fn new(fd: BorrowedFd<'_>, mtu: usize) -> io::Result<Ring> {
-        let slot_bytes = (SLOT_HEADER_BYTES + ETHERNET_BYTES + mtu).next_multiple_of(16);
-        let slots_per_block = BLOCK_BYTES / slot_bytes;
-        let blocks = RING_BYTES / BLOCK_BYTES;
-        let slots = blocks * slots_per_block;
+        let geometry = Geometry::for_mtu(mtu);
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_VERSION, &TPACKET_V2)?;
+        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_RESERVE, &RESERVE_BYTES)?;
         let request = RingRequest {
             block_bytes: BLOCK_BYTES as u32,
-            blocks: blocks as u32,
-            frame_bytes: slot_bytes as u32,
-            frames: slots as u32,
+            blocks: geometry.blocks as u32,
+            frame_bytes: geometry.slot_bytes as u32,
+            frames: geometry.slots() as u32,
         };
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_RX_RING, &request)?;
-        let mapping = Mapping::new(fd, RING_BYTES)?;
-        Ok(Ring { mapping, slot_bytes, slots_per_block, slots, next: 0, held: None })
+        let mapping = Mapping::new(fd, geometry.ring_bytes())?;
+        Ok(Ring { mapping, geometry, next: 0, next_in_block: 0, held: None, truncated: 0 })
     }
 
     /// Takes the next filled slot; the one before it is given back.
     #[inline]
     pub(crate) fn take(&mut self) -> Option<SlotFrame> {
-        if let Some(held) = self.held.take() {
-            self.mapping.store_release(held + STATUS, STATUS_KERNEL);
+        loop {
+            if let Some(held) = self.held.take() {
+                self.mapping.store_release(held + STATUS, STATUS_KERNEL);
+            }
+            let slot = self.next;
+            if self.mapping.load_acquire(slot + STATUS) & STATUS_USER == 0 {
+                return None;
+            }
+            self.held = Some(slot);
+            self.step();
+            let word = |at: usize| u32::from_ne_bytes(self.mapping.read(slot + at));
+            let offset = usize::from(u16::from_ne_bytes(self.mapping.read(slot + MAC)));
+            let len = word(SNAPLEN) as usize;
+            if len < word(LEN) as usize || offset + len > self.geometry.slot_bytes {
+                self.truncated += 1;
+                continue;
+            }
+            let (seconds, nanoseconds) = (word(SECONDS), word(NANOSECONDS));
+            return Some(SlotFrame { offset: slot + offset, len, seconds, nanoseconds });
         }
-        let slot = self.next / self.slots_per_block * BLOCK_BYTES
-            + self.next % self.slots_per_block * self.slot_bytes;
-        if self.mapping.load_acquire(slot + STATUS) & STATUS_USER == 0 {
-            return None;
-        }
-        self.next = (self.next + 1) % self.slots;
-        self.held = Some(slot);
-        let word = |at: usize| u32::from_ne_bytes(self.mapping.read(slot + at));
-        let mac = usize::from(u16::from_ne_bytes(self.mapping.read(slot + MAC)));
-        let len = (word(SNAPLEN) as usize).min(self.slot_bytes.saturating_sub(mac));
-        let [packet_type] = self.mapping.read(slot + PACKET_TYPE);
-        Some(SlotFrame {
-            offset: slot + mac,
-            len,
-            seconds: word(SECONDS),
-            nanoseconds: word(NANOSECONDS),
-            packet_type,
-        })
     }
 
-    /// The bytes of a frame just taken.
+    /// The bytes of the frame just taken.
     #[inline]
     pub(crate) fn bytes(&self, frame: SlotFrame) -> &[u8] {
         self.mapping.owned_bytes(frame.offset, frame.len)
     }
+
+    /// Frames that did not fit their slots since the last call.
+    pub(crate) fn take_truncated(&mut self) -> u64 {
+        std::mem::take(&mut self.truncated)
+    }
+
+    #[inline]
+    fn step(&mut self) {
+        self.next_in_block += 1;
+        if self.next_in_block < self.geometry.slots_per_block {
+            self.next += self.geometry.slot_bytes;
+            return;
+        }
+        self.next_in_block = 0;
+        let block_start = self.next / BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES;
+        self.next = if block_start == self.geometry.ring_bytes() { 0 } else { block_start };
+    }
 }
 
 const _: () = assert!(RING_BYTES.is_multiple_of(BLOCK_BYTES) && BLOCK_BYTES.is_multiple_of(4096));
+const _: () = assert!(FRAME_OFFSET + ETHERNET_BYTES + MTU_MAX < BLOCK_BYTES, "a block holds a frame");
+const _: () = assert!(SLOT_ALIGN.is_multiple_of(16), "TPACKET_ALIGNMENT");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_holds_a_full_frame_and_a_ring_enough_of_them_at_any_mtu() {
+        for mtu in [1500, 1501, 4096, 8999, 9000, 9001, 16_000, 32_767, 65_534, 65_535] {
+            let geometry = Geometry::for_mtu(mtu);
+            assert!(geometry.slot_bytes >= 128 + 14 + mtu && geometry.slot_bytes < 128 + 14 + mtu + 64);
+            assert!(geometry.slots_per_block * geometry.slot_bytes <= BLOCK_BYTES, "MTU {mtu}");
+            assert!(geometry.slots() >= 1024 && geometry.ring_bytes() >= 16 << 20, "MTU {mtu}");
+            assert!(geometry.ring_bytes() <= 69 << 20, "MTU {mtu}");
+        }
+        // 1 MiB / 9152 = 114 slots in each of 16 blocks.
+        let jumbo = Geometry { slot_bytes: 9152, slots_per_block: 114, blocks: 16 };
+        assert_eq!(Geometry::for_mtu(9000), jumbo);
+    }
+}

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use cirro_protocol::types::MacAddress;
 
-use crate::frame::{FRAMES_PER_FLUSH_MAX, Part, TxFrame};
+use crate::frame::{FRAMES_QUEUED_MAX, Part, TxFrame};
 
 /// The index of an interface.
 pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
@@ -76,21 +76,28 @@ pub(crate) fn set_option<T: Copy>(fd: BorrowedFd<'_>, level: i32, option: i32, v
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Frames that came and frames that found the ring full since the last call (PACKET_STATISTICS).
-pub(crate) fn statistics(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
-    let mut stats = [0u32; 2];
-    let mut len = size_of_val(&stats) as libc::socklen_t;
+/// Fills `value` with a socket option of plain numbers.
+fn get_option(fd: BorrowedFd<'_>, option: i32, value: &mut [u32]) -> io::Result<()> {
+    let mut len = size_of_val(value) as libc::socklen_t;
     // SAFETY: the buffer and its length live during the call; the kernel writes at most `len` bytes of plain numbers.
     let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_STATISTICS,
-            stats.as_mut_ptr().cast(),
-            &mut len,
-        )
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, option, value.as_mut_ptr().cast(), &mut len)
     };
-    if result == 0 { Ok((stats[0], stats[1])) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Frames that found the ring full since the last call (PACKET_STATISTICS).
+pub(crate) fn ring_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut packets_and_drops = [0; 2];
+    get_option(fd, libc::PACKET_STATISTICS, &mut packets_and_drops)?;
+    Ok(packets_and_drops[1])
+}
+
+/// The fan-out group of a socket: its number in the low 16 bits, its kind above.
+pub(crate) fn fanout(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut value = [0];
+    get_option(fd, libc::PACKET_FANOUT, &mut value)?;
+    Ok(value[0])
 }
 
 /// Attaches a classic BPF program as the socket's filter (`SOL_SOCKET`/`SO_ATTACH_FILTER`) or as its group's demultiplexer
@@ -133,10 +140,15 @@ pub(crate) fn bind(fd: BorrowedFd<'_>, interface: u32, ethertype: u16) -> io::Re
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Pieces of which the kernel gathers one message (UIO_MAXIOV). A frame in more of them is gathered here first.
+const PARTS_MAX: usize = 1024;
+
 /// The arrays that sendmmsg(2) reads, kept so that sending allocates nothing.
 pub(crate) struct SendBatch {
     messages: Vec<libc::mmsghdr>,
     vectors: Vec<libc::iovec>,
+    /// Frames in more than [`PARTS_MAX`] parts, each in one piece: a guest that scatters its data so is legal and pays a copy.
+    gathered: Vec<Vec<u8>>,
 }
 
 // SAFETY: the pointers in the arrays are written and read within one call of `send`; between calls they are dead.
@@ -145,27 +157,34 @@ unsafe impl Send for SendBatch {}
 impl SendBatch {
     pub(crate) fn new() -> SendBatch {
         SendBatch {
-            messages: Vec::with_capacity(FRAMES_PER_FLUSH_MAX),
-            vectors: Vec::with_capacity(32 * FRAMES_PER_FLUSH_MAX),
+            messages: Vec::with_capacity(FRAMES_QUEUED_MAX),
+            vectors: Vec::with_capacity(32 * FRAMES_QUEUED_MAX),
+            gathered: Vec::new(),
         }
     }
 
-    /// Sends frames in one call; returns how many left.
+    /// Sends frames in one call; returns how many left. An error is the first frame's; a frame after the first that the kernel does not take
+    /// only ends the count.
     pub(crate) fn send(&mut self, fd: BorrowedFd<'_>, frames: &[TxFrame]) -> io::Result<usize> {
         self.vectors.clear();
         self.messages.clear();
+        self.gathered.clear();
         for frame in frames {
             let first = self.vectors.len();
-            frame.parts(|part| {
-                self.vectors.push(match part {
-                    Part::Head(head) => {
-                        libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() }
-                    }
-                    Part::Run(run) => {
-                        libc::iovec { iov_base: run.start().cast_mut().cast(), iov_len: run.len() }
-                    }
+            if frame.parts_max() > PARTS_MAX {
+                let mut whole = Vec::new();
+                frame.gather(&mut whole);
+                self.vectors.push(vector(whole.as_ptr(), whole.len()));
+                // Moving the Vec does not move what it points to.
+                self.gathered.push(whole);
+            } else {
+                frame.parts(|part| {
+                    self.vectors.push(match part {
+                        Part::Head(head) => vector(head.as_ptr(), head.len()),
+                        Part::Run(run) => vector(run.start(), run.len()),
+                    });
                 });
-            });
+            }
             // SAFETY: mmsghdr is plain data for which all zeroes is a value: no name, no control data.
             let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
             message.msg_hdr.msg_iovlen = self.vectors.len() - first;
@@ -189,6 +208,10 @@ impl SendBatch {
         };
         if sent >= 0 { Ok(sent as usize) } else { Err(io::Error::last_os_error()) }
     }
+}
+
+fn vector(start: *const u8, len: usize) -> libc::iovec {
+    libc::iovec { iov_base: start.cast_mut().cast(), iov_len: len }
 }
 
 impl std::fmt::Debug for SendBatch {

@@ -1,0 +1,262 @@
+//! The workers of one process on one interface: their process number, and the ports (socket and ring) that are opened for all of them
+//! together, because a member's place in a fan-out group is the order in which it joined.
+//!
+//! Knows how an interface is opened; does not know frames. Shared by the process's `PacketLink`s, which come here when they start, when they
+//! seem to have lost the interface, and when somebody else has opened it again; never per frame.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::{MTU_MAX, MTU_MIN, MacAddress, Steer};
+use socket2::{Domain, Socket, Type};
+
+use super::ring::Ring;
+use super::{OpenError, program, sys};
+use crate::frame::FRAMES_QUEUED_MAX;
+use crate::sys::{epoll_control, epoll_create};
+
+/// How often a lost interface is looked for, by all workers together.
+pub(super) const LOOK_EVERY: Nanos = Nanos::from_millis(50);
+/// Batches of full frames that the kernel holds until the interface takes them. What is beyond is refused, which is known at once.
+const SEND_BATCHES: usize = 4;
+/// What the kernel keeps beside a frame's bytes (sk_buff and skb_shared_info), rounded up.
+const FRAME_OVERHEAD_BYTES: usize = 1024;
+
+/// One worker's socket with its ring, and what the interface was like when it was opened.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) ring: Ring,
+    pub(super) socket: OwnedFd,
+    pub(super) facts: Facts,
+}
+
+/// What a port is made for. When one of these changes the port is of no use any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) index: u32,
+    pub(super) address: MacAddress,
+    pub(super) mtu: usize,
+}
+
+/// What the workers of a process share.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) interface: String,
+    ethertype: u16,
+    workers: u16,
+    /// Counts openings; a link whose own number is another one has a port waiting.
+    generation: AtomicU32,
+    /// Somebody has said that the interface is lost.
+    lost: AtomicBool,
+    /// For each worker an epoll instance that holds the socket of its port: one descriptor to wait for, whatever becomes of the port.
+    readable: Vec<OwnedFd>,
+    opening: Mutex<Opening>,
+}
+
+#[derive(Debug)]
+struct Opening {
+    claim: Option<Claim>,
+    waiting: Vec<Option<Port>>,
+    look_at: Instant,
+    failures: u32,
+}
+
+/// A process number, held by an abstract socket of the network namespace.
+#[derive(Debug)]
+struct Claim {
+    index: u32,
+    process: u16,
+    _held: UnixDatagram,
+}
+
+impl Group {
+    /// A group with its ports open and waiting, and its process number.
+    pub(super) fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(Group, u16), OpenError> {
+        let failed = |source| OpenError::kernel("epoll", interface, source);
+        let group = Group {
+            interface: interface.to_owned(),
+            ethertype,
+            workers,
+            generation: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
+            readable: (0..workers).map(|_| epoll_create()).collect::<Result<_, _>>().map_err(failed)?,
+            opening: Mutex::new(Opening {
+                claim: None,
+                waiting: Vec::new(),
+                look_at: Instant(0),
+                failures: 0,
+            }),
+        };
+        let process = group.open_ports(&mut group.lock())?;
+        Ok((group, process))
+    }
+
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn readable(&self, worker: u16) -> &OwnedFd {
+        &self.readable[usize::from(worker)]
+    }
+
+    /// The port that waits for `worker`, and the generation it is of. `None` while somebody opens them: ask again.
+    pub(super) fn take_port(&self, worker: u16) -> Option<(u32, Option<Port>)> {
+        let mut opening = self.try_lock()?;
+        Some((self.generation(), opening.waiting.get_mut(usize::from(worker)).and_then(Option::take)))
+    }
+
+    /// What the interface is like now; `None` if there is none of this name or it is down.
+    pub(super) fn look(&self, fd: impl AsFd) -> Option<Facts> {
+        let (fd, name) = (fd.as_fd(), self.interface.as_str());
+        let index = sys::interface_index(name).ok()?;
+        let up = sys::interface_is_up(fd, name).ok()?;
+        let mtu = sys::interface_mtu(fd, name).ok()?;
+        let address = sys::interface_address(fd, name).ok()?;
+        up.then_some(Facts { index, address, mtu })
+    }
+
+    /// Says once that the interface is lost, whoever notices first.
+    pub(super) fn say_lost(&self, why: &str) {
+        if !self.lost.swap(true, Ordering::Relaxed) {
+            log::warn!("interface {} {why}; frames are refused until it is back", self.interface);
+        }
+    }
+
+    /// Opens the ports of all workers anew, at most once in [`LOOK_EVERY`] and unless somebody has done so since `generation`. Errors are
+    /// tried again at the next call: the interface is not there, or not up.
+    pub(super) fn reopen(&self, now: Instant, generation: u32) {
+        let Some(mut opening) = self.try_lock() else { return };
+        if self.generation() != generation || now < opening.look_at {
+            return;
+        }
+        opening.look_at = now + LOOK_EVERY;
+        match self.open_ports(&mut opening) {
+            Ok(_) => {
+                opening.failures = 0;
+                self.lost.store(false, Ordering::Relaxed);
+                log::info!("interface {} is open again", self.interface);
+            }
+            Err(OpenError::NoInterface { .. } | OpenError::Down { .. }) => {}
+            Err(error) => {
+                // 2^n: a lasting failure is said less and less often.
+                opening.failures += 1;
+                if opening.failures.is_power_of_two() {
+                    log::warn!("{error} (try {})", opening.failures);
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Opening> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Opening>> {
+        match self.opening.try_lock() {
+            Ok(opening) => Some(opening),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn failed(&self, step: &'static str) -> impl FnOnce(io::Error) -> OpenError {
+        move |source| OpenError::kernel(step, &self.interface, source)
+    }
+
+    /// Opens a port for every worker, in order, and leaves them waiting. A worker that sleeps is woken by the first frame on its new port.
+    fn open_ports(&self, opening: &mut Opening) -> Result<u16, OpenError> {
+        let index = sys::interface_index(&self.interface)
+            .map_err(|source| OpenError::NoInterface { interface: self.interface.clone(), source })?;
+        let process = self.claim_process(opening, index)?;
+        let mut ports = Vec::with_capacity(usize::from(self.workers));
+        let mut group = None;
+        for worker in 0..self.workers {
+            ports.push(self.open_port(Steer::new(process, worker), &mut group)?);
+        }
+        for (port, readable) in ports.iter().zip(&self.readable) {
+            epoll_control(readable, libc::EPOLL_CTL_ADD, port.socket.as_fd(), 0)
+                .map_err(self.failed("epoll"))?;
+        }
+        opening.waiting = ports.into_iter().map(Some).collect();
+        self.generation.fetch_add(1, Ordering::Release);
+        Ok(process)
+    }
+
+    /// Takes a process number on the interface: the first whose abstract socket can be bound. Once taken it is kept for life, for it is part
+    /// of what peers have been told; on an interface that came back under another index the same one is taken.
+    fn claim_process(&self, opening: &mut Opening, index: u32) -> Result<u16, OpenError> {
+        let candidates = match &opening.claim {
+            Some(claim) if claim.index == index => return Ok(claim.process),
+            Some(claim) => claim.process..claim.process + 1,
+            None => 0..Steer::PROCESSES_MAX,
+        };
+        for process in candidates {
+            let name = format!("cirro-{index}-{process}");
+            let address = SocketAddr::from_abstract_name(name).map_err(self.failed("process number"))?;
+            match UnixDatagram::bind_addr(&address) {
+                Ok(held) => {
+                    opening.claim = Some(Claim { index, process, _held: held });
+                    return Ok(process);
+                }
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                Err(error) => return Err(self.failed("process number")(error)),
+            }
+        }
+        Err(OpenError::NoProcessNumber { interface: self.interface.clone() })
+    }
+
+    /// Opens one port and joins it to `group`, which the first makes.
+    fn open_port(&self, steer: Steer, group: &mut Option<u16>) -> Result<Port, OpenError> {
+        let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
+        // Protocol 0: nothing is received before the filter is there and the socket is bound.
+        let socket = Socket::new(Domain::PACKET, raw, None)
+            .map_err(self.failed("packet socket (CAP_NET_RAW is needed)"))?;
+        let fd = socket.as_fd();
+        let facts = self.look(fd).ok_or_else(|| OpenError::Down { interface: self.interface.clone() })?;
+        if !(MTU_MIN..=MTU_MAX).contains(&facts.mtu) {
+            return Err(OpenError::Mtu { interface: self.interface.clone(), mtu: facts.mtu });
+        }
+        sys::set_program(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut program::frames_for(steer))
+            .map_err(self.failed("socket filter"))?;
+        let ring = Ring::new(fd, facts.mtu).map_err(self.failed("receive ring"))?;
+        self.size_send_buffer(&socket, facts.mtu)?;
+        sys::bind(fd, facts.index, self.ethertype).map_err(self.failed("bind"))?;
+        self.join(&socket, group)?;
+        Ok(Port { ring, facts, socket: OwnedFd::from(socket) })
+    }
+
+    /// The kernel counts a frame by the memory it takes, a power of two, and doubles what it is asked for; so this leaves twice the room.
+    fn size_send_buffer(&self, socket: &Socket, mtu: usize) -> Result<(), OpenError> {
+        let frame_bytes = (mtu + FRAME_OVERHEAD_BYTES).next_power_of_two();
+        let bytes = SEND_BATCHES * FRAMES_QUEUED_MAX * frame_bytes;
+        // The forced size needs CAP_NET_ADMIN; without it the kernel's limit holds, and refused frames tell.
+        let forced = sys::set_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(bytes as i32));
+        forced.or_else(|_| socket.set_send_buffer_size(bytes)).map_err(self.failed("send buffer"))
+    }
+
+    /// Joins the fan-out group: the first member has the kernel pick an unused number for it, and gives it its program.
+    fn join(&self, socket: &Socket, group: &mut Option<u16>) -> Result<(), OpenError> {
+        if self.workers == 1 {
+            return Ok(());
+        }
+        let (fd, kind) = (socket.as_fd(), libc::PACKET_FANOUT_CBPF << 16);
+        let argument = match *group {
+            Some(number) => u32::from(number) | kind,
+            None => kind | (libc::PACKET_FANOUT_FLAG_UNIQUEID << 16),
+        };
+        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &argument)
+            .map_err(self.failed("fan-out group"))?;
+        if group.is_none() {
+            let number = sys::fanout(fd).map_err(self.failed("fan-out group"))? & 0xffff;
+            *group = Some(number as u16);
+            sys::set_program(fd, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, &mut program::worker_of_frame())
+                .map_err(self.failed("fan-out program"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,138 @@
+//! Network namespaces and veth pairs for tests that need a wire: made by `ip`, removed when dropped.
+//!
+//! Does not know what is sent over them. Names carry the process id and a counter, so that tests of several processes run side by side.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// A network namespace.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// A new, empty one.
+    ///
+    /// # Panics
+    /// If it cannot be made: the tests need root.
+    pub fn new() -> Namespace {
+        let name = format!("cirrolink-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        succeed(Command::new("ip").args(["netns", "add", &name]));
+        let namespace = Namespace { name };
+        // No router solicitations and the like on the wire.
+        namespace.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
+        namespace
+    }
+
+    /// Runs a command line (split at spaces) inside.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn run(&self, line: &str) -> Output {
+        succeed(Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')))
+    }
+
+    /// A command that will run inside.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name, program]);
+        command
+    }
+
+    /// Runs `body` on a thread of its own that is inside, and gives what it returns.
+    ///
+    /// # Panics
+    /// If the namespace cannot be entered, or `body` panics.
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                self.enter_here();
+                body()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Moves the calling thread inside, for good.
+    ///
+    /// # Panics
+    /// If that is not allowed.
+    #[allow(unsafe_code, reason = "setns has no safe form in the standard library")]
+    pub fn enter_here(&self) {
+        let file = File::open(format!("/run/netns/{}", self.name)).expect("the namespace was made");
+        // SAFETY: takes a descriptor that is open and no pointer; concerns the calling thread alone.
+        let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+        assert_eq!(result, 0, "setns: {}", std::io::Error::last_os_error());
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // The veth devices inside go with it.
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+    }
+}
+
+/// Two namespaces joined by a wire: interface `wire0` in each, up.
+#[derive(Debug)]
+pub struct VethPair {
+    /// One end.
+    pub a: Namespace,
+    /// The other.
+    pub b: Namespace,
+    mtu: usize,
+}
+
+/// The interface's name in both namespaces.
+pub const INTERFACE: &str = "wire0";
+
+impl VethPair {
+    /// A new pair.
+    ///
+    /// # Panics
+    /// If it cannot be made: the tests need root.
+    pub fn new(mtu: usize) -> VethPair {
+        let pair = VethPair { a: Namespace::new(), b: Namespace::new(), mtu };
+        pair.connect();
+        pair
+    }
+
+    /// Makes the wire, after [`VethPair::cut`] again: with other indices and addresses than before.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn connect(&self) {
+        let VethPair { a, b, mtu } = self;
+        a.run(&format!(
+            "ip link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} netns {} mtu {mtu}",
+            b.name
+        ));
+        for end in [a, b] {
+            end.run(&format!("ip link set {INTERFACE} up"));
+        }
+    }
+
+    /// What the next [`VethPair::connect`] makes.
+    pub fn set_mtu(&mut self, mtu: usize) {
+        self.mtu = mtu;
+    }
+
+    /// Takes the wire away.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn cut(&self) {
+        self.a.run(&format!("ip link del {INTERFACE}"));
+    }
+}
+
+fn succeed(command: &mut Command) -> Output {
+    let output = command.output().expect("the program is installed");
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output
+}
