@@ -26,7 +26,7 @@ use std::sync::Arc;
 use cirro_ctl::counter::WorkerMeter;
 use cirro_link::{FrameId, Link};
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{MacAddress, Slot, Steer, Uuid};
+use cirro_protocol::types::{MacAddress, Steer, Uuid};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::{PayloadRef, Placement};
 use siphasher::sip::SipHasher13;
@@ -41,7 +41,7 @@ pub use directory::Directory;
 pub use drops::{DROP_NAMES, DROP_REASONS, DropReason};
 pub use served::VOLUME_CHANGES_MAX;
 pub use session::SESSIONS_MAX;
-pub use snapshot::Snapshot;
+pub use snapshot::{Snapshot, report_waiting};
 
 use handshake::Handshake;
 use jobs::Jobs;
@@ -108,7 +108,7 @@ struct Node<S> {
     stop_at: Option<Instant>,
     closed: bool,
     // Kept between turns so that a turn allocates nothing.
-    wanted: Vec<(Slot, u32)>,
+    fresh: receive::Fresh,
     placements: Vec<Placement>,
     payloads: Vec<PayloadRef>,
     startable: Vec<u32>,
@@ -154,7 +154,7 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
             meter: Arc::new(Meter::new(DROP_NAMES)),
             stop_at: None,
             closed: false,
-            wanted: Vec::with_capacity(64),
+            fresh: receive::Fresh::new(),
             placements: Vec::with_capacity(64),
             payloads: Vec::with_capacity(64),
             startable: Vec::with_capacity(jobs::JOBS_MAX),
@@ -178,7 +178,9 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
     pub fn turn(&mut self, now: Instant) -> Wake {
         let NodeWorker { link, node } = self;
         node.meter.turns.add(1);
-        node.look_at_link(link.address(), link.mtu());
+        if link.take_changed() {
+            node.look_at_link(link.address(), link.mtu());
+        }
         if receive::receive(link, node, now) {
             node.time_out(now);
         }
@@ -186,7 +188,7 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
         node.store.push();
         node.finish(now);
         transmit::transmit(link, node, now);
-        node.next_wake(link.wake_at())
+        node.next_wake(link.poll_timeout())
     }
 
     /// Begins the end: no request is started any more; those in the store get two seconds, then every session is closed.

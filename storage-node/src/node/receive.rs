@@ -5,7 +5,7 @@
 use cirro_link::Link;
 use cirro_protocol::Placement;
 use cirro_protocol::time::Instant;
-use cirro_protocol::types::{ETHERNET_BYTES, MacAddress};
+use cirro_protocol::types::{ETHERNET_BYTES, MacAddress, PAYLOADS_MAX, Slot};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::{Frame, Header, Mode};
@@ -14,11 +14,24 @@ use cirro_seal::{Mismatch, Nonces, open_crc};
 use super::drops::DropReason;
 use super::session::{Session, SlotBuffer};
 use super::{Node, handshake};
-use crate::buffers::Pool;
+use crate::buffers::{Buffer, Pool};
 use crate::store::Store;
 
 /// Frames of one turn: as many as may come between two acks (docs/PROTOCOL.md, P-37), which leave at its end.
 const RECEIVE_FRAMES_MAX: usize = 48;
+
+/// Buffers for the writes that begin in one frame; kept between frames so that nothing is allocated.
+#[derive(Debug)]
+pub(super) struct Fresh {
+    wanted: Vec<(Slot, u32)>,
+    taken: Vec<(Slot, Buffer)>,
+}
+
+impl Fresh {
+    pub(super) fn new() -> Fresh {
+        Fresh { wanted: Vec::with_capacity(PAYLOADS_MAX), taken: Vec::with_capacity(PAYLOADS_MAX) }
+    }
+}
 
 /// Takes frames in; true when the link is empty now.
 pub(super) fn receive<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: Instant) -> bool {
@@ -52,7 +65,7 @@ impl<S: Store> Node<S> {
             return Err(DropReason::UnknownSession);
         };
         check_seal(session, ethernet.source, &frame)?;
-        reserve(session, &frame, &mut self.wanted, &mut self.write_pool, &mut self.read_pool)?;
+        reserve(session, &frame, &mut self.fresh, &mut self.write_pool, &mut self.read_pool)?;
         self.placements.clear();
         session.target.handle_frame(now, arrival, &frame, &mut self.placements);
         place(session, bytes, &self.placements);
@@ -76,27 +89,28 @@ fn check_seal(session: &Session, source: MacAddress, frame: &Frame<'_>) -> Resul
     })
 }
 
-/// Gets a buffer for each write that begins in the frame, or for none.
+/// Gets a buffer for each write that begins in the frame, or for none of them.
 fn reserve(
     session: &mut Session,
     frame: &Frame<'_>,
-    wanted: &mut Vec<(cirro_protocol::types::Slot, u32)>,
+    fresh: &mut Fresh,
     writes: &mut Pool,
     reads: &mut Pool,
 ) -> Result<(), DropReason> {
-    wanted.clear();
-    session.target.buffers_wanted(frame, wanted);
-    for (done, (slot, bytes)) in wanted.iter().enumerate() {
-        let Some(buffer) = writes.take(*bytes as usize) else {
-            for (slot, _) in &wanted[..done] {
-                if let SlotBuffer::Write(buffer) = std::mem::take(&mut session.buffers[slot.index()]) {
-                    writes.give_back(buffer);
-                }
+    fresh.wanted.clear();
+    session.target.buffers_wanted(frame, &mut fresh.wanted);
+    for (slot, bytes) in &fresh.wanted {
+        match writes.take(*bytes as usize) {
+            Some(buffer) => fresh.taken.push((*slot, buffer)),
+            None => {
+                fresh.taken.drain(..).for_each(|(_, buffer)| writes.give_back(buffer));
+                return Err(DropReason::NoBuffer);
             }
-            return Err(DropReason::NoBuffer);
-        };
+        }
+    }
+    for (slot, buffer) in fresh.taken.drain(..) {
         // That the slot is used again says that the data of its last read has arrived.
-        session.free_slot(*slot, writes, reads);
+        session.free_slot(slot, writes, reads);
         session.buffers[slot.index()] = SlotBuffer::Write(buffer);
     }
     Ok(())

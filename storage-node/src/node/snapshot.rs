@@ -95,7 +95,7 @@ fn report_volume(served: &Served, worker: u16, sessions: u32) -> report::Volume 
 }
 
 /// A volume that is not served yet, because another process has its lock.
-pub(crate) fn report_waiting(volume: &Volume, worker: u16, since_ns: u64) -> report::Volume {
+pub fn report_waiting(volume: &Volume, worker: u16, since_ns: u64) -> report::Volume {
     report::Volume {
         name: volume.name.to_string(),
         path: volume.path.clone(),

@@ -1,0 +1,241 @@
+//! `cirro-node`: reads what it is to serve, opens what that needs, starts the threads and waits for the end.
+//!
+//! Knows the order of starting and stopping; everything else is in the library.
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::Context;
+use cirro_ctl::daemon::{self, Usage};
+use cirro_ctl::publish::{Publisher, Reader};
+use cirro_ctl::report::{self, NodeReport, Report};
+use cirro_ctl::request::Request;
+use cirro_ctl::server::Server;
+use cirro_ctl::stop::Stop;
+use cirro_link::packet::{self, Drops, PacketLink};
+use cirro_link::{Link, clock, random};
+use cirro_node::config::{Config, Flags};
+use cirro_node::node::{Directory, Meter, NodeConfig, NodeWorker, Snapshot};
+use cirro_node::server::{
+    Admission, Door, Place, Waiting, WaitingList, door, keeper, run_worker, serve_what_is_free,
+    wait_for_locks,
+};
+use cirro_node::state_dir::StateDir;
+use cirro_node::store::uring::UringStore;
+use cirro_node::volume::{Volume, refuse_same_file};
+use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+use clap::Parser;
+
+const PROGRAM: &str = "cirro-node";
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    daemon::run(PROGRAM, || run(&flags))
+}
+
+fn run(flags: &Flags) -> anyhow::Result<()> {
+    daemon::start_log(flags.verbose);
+    let config = read_config(flags)?;
+    let started = clock::now();
+    let stop = Stop::on_signals().context("cannot take over signals")?;
+    let volumes = config.volumes.iter().map(Volume::open).collect::<Result<Vec<_>, _>>()?;
+    refuse_same_file(&volumes)?;
+    let state = Arc::new(StateDir::open(&config.state_dir, random::fill)?);
+    let owners = volumes.iter().map(|v| state.read_owner(&v.name)).collect::<Result<Vec<_>, _>>()?;
+    let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
+        .with_context(|| format!("cannot open link {}", config.link))?;
+    let facts = link_facts(&config, &links, started);
+    log::warn!(
+        "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
+        config.link
+    );
+
+    let worker_of = |index: usize| (index % usize::from(config.workers)) as u16;
+    let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));
+    let directory = Arc::new(Directory::new(process, names));
+    let common = Common {
+        config: &config,
+        state: &state,
+        directory,
+        process,
+        incarnation: random::uuid(),
+        stop: &stop,
+    };
+    let workers = (0u16..)
+        .zip(links)
+        .map(|(index, link)| common.start_worker(index, link))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+
+    let waiting = volumes.into_iter().zip(owners).enumerate().map(|(index, (volume, owner))| {
+        let worker = worker_of(index);
+        let door = workers[usize::from(worker)].door.clone();
+        Waiting { admission: Admission { volume, owner }, worker, door, since: clock::now() }
+    });
+    let waiting: WaitingList = Arc::new(Mutex::new(waiting.collect()));
+    let views = workers.iter().map(|worker| worker.view.clone()).collect();
+    let control = Control { started, link: facts, views, waiting: Arc::clone(&waiting) };
+    let server = Server::start(&config.ctl_socket, move |request: Request| control.answer(&request))?;
+    serve_what_is_free(&waiting);
+    log::info!("node {} is ready on {} as process {process}", state.node, config.link);
+
+    wait_for_locks(&waiting, &stop);
+    stop.wait();
+    log::info!("ending: what was begun is finished first");
+    workers.iter().for_each(|worker| worker.door.end());
+    let ended = workers.into_iter().map(|worker| join(worker.thread)).collect::<Vec<_>>();
+    drop(server);
+    ended.into_iter().collect::<anyhow::Result<()>>()?;
+    log::info!("ended");
+    Ok(())
+}
+
+fn read_config(flags: &Flags) -> anyhow::Result<Config> {
+    let text = match &flags.config {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|error| {
+                Usage::new(format!("cannot read the file of --config, {}: {error}", path.display()))
+            })?;
+            Some((path.as_path(), text))
+        }
+    };
+    let file = text.as_ref().map(|(path, text)| (*path, text.as_str()));
+    Ok(Config::new(flags, file).map_err(|error| Usage::new(error.to_string()))?)
+}
+
+fn link_facts(config: &Config, links: &[PacketLink], started: Instant) -> report::Link {
+    report::Link {
+        interface: config.link.clone(),
+        address: links.first().map_or(String::new(), |link| link.address().to_string()),
+        mtu: links.first().map_or(0, |link| link.mtu() as u32),
+        state: report::State::plain(report::LinkState::Up, started.0),
+        taps: Vec::new(),
+        counters: None,
+    }
+}
+
+/// What all workers have in common.
+struct Common<'a> {
+    config: &'a Config,
+    state: &'a Arc<StateDir>,
+    directory: Arc<Directory>,
+    process: u16,
+    incarnation: Uuid,
+    stop: &'a Stop,
+}
+
+/// A worker that runs.
+struct Running {
+    door: Door,
+    view: View,
+    thread: JoinHandle<anyhow::Result<()>>,
+}
+
+/// What the control thread sees of a worker.
+#[derive(Clone)]
+struct View {
+    index: u16,
+    meter: Arc<Meter>,
+    snapshot: Reader<Snapshot>,
+    drops: Arc<Drops>,
+}
+
+impl Common<'_> {
+    fn start_worker(&self, index: u16, link: PacketLink) -> anyhow::Result<Running> {
+        let config = self.config;
+        let mut random_seed = [0; 16];
+        random::fill(&mut random_seed);
+        let (keeper, ready) = keeper(self.state).context("cannot start the keeper of owner records")?;
+        let store = UringStore::new()
+            .context("cannot set up io_uring (is it disabled by kernel.io_uring_disabled?)")?;
+        let node = NodeConfig {
+            node: self.state.node,
+            incarnation: self.incarnation,
+            secret: self.state.secret,
+            random_seed,
+            ethertype: ETHERTYPE_DEFAULT,
+            steer: Steer::new(self.process, index),
+            // A worker that spins can ack soon without waking up for it.
+            ack_delay_max: Nanos::from_micros(if config.poll_us > 0 { 50 } else { 200 }),
+            write_pool_bytes: config.write_pool_bytes,
+            read_pool_bytes: config.read_pool_bytes,
+        };
+        let drops = link.drops();
+        let worker = NodeWorker::new(node, Arc::clone(&self.directory), link, store, keeper);
+        let (door, seat) = door().context("cannot make a worker's door")?;
+        let (publisher, snapshot) = Publisher::new(Snapshot::default());
+        let view = View { index, meter: worker.meter(), snapshot, drops };
+        let place = Place { seat, keeper: ready, publisher, poll: Nanos::from_micros(config.poll_us.into()) };
+        let stop = self.stop.clone();
+        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            let ended =
+                run_worker(worker, place).with_context(|| format!("worker {index} cannot wait for events"));
+            stop.ask();
+            ended
+        });
+        Ok(Running { door, view, thread: thread.context("cannot start a worker thread")? })
+    }
+}
+
+fn join(thread: JoinHandle<anyhow::Result<()>>) -> anyhow::Result<()> {
+    thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread ended by a bug; its message is above")))
+}
+
+/// What the control socket answers from.
+struct Control {
+    started: Instant,
+    link: report::Link,
+    views: Vec<View>,
+    waiting: WaitingList,
+}
+
+impl Control {
+    fn answer(&self, request: &Request) -> Result<serde_json::Value, String> {
+        match request {
+            Request::Status {} | Request::Stats {} => Report::Node(self.report()).answer(request),
+            Request::LinkTapPush(_) | Request::LinkTapPop {} => request.not_supported(PROGRAM),
+        }
+    }
+
+    fn report(&self) -> NodeReport {
+        let (mut workers, mut volumes, mut sessions) = (Vec::new(), Vec::new(), Vec::new());
+        for view in &self.views {
+            let mut seen = view.snapshot.read();
+            let count = seen.sessions.len() as u32;
+            workers.push(report::Worker {
+                index: view.index,
+                sessions: count,
+                counters: Some(view.meter.snapshot()),
+            });
+            volumes.append(&mut seen.volumes);
+            sessions.append(&mut seen.sessions);
+        }
+        for waiting in self.waiting.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            volumes.push(cirro_node::node::report_waiting(
+                &waiting.admission.volume,
+                waiting.worker,
+                waiting.since.0,
+            ));
+        }
+        let process = report::Process {
+            program: PROGRAM.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            started_ns: self.started.0,
+            now_ns: clock::now().0,
+        };
+        let sum = |count: fn(&Drops) -> &AtomicU64| {
+            self.views.iter().map(|v| count(&v.drops).load(Ordering::Relaxed)).sum()
+        };
+        let counters = report::LinkCounters {
+            ring_drops: sum(|drops| &drops.ring_full),
+            refused: sessions.iter().filter_map(|s| s.counters.as_ref()).map(|c| c.frames_refused).sum(),
+            rebuilds: sum(|drops| &drops.reopened),
+        };
+        let link = report::Link { counters: Some(counters), ..self.link.clone() };
+        NodeReport { process, links: vec![link], workers, volumes, sessions }
+    }
+}
