@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -43,29 +43,17 @@ const SAY_EVERY: u32 = 600;
 /// How long the end of the process waits for the node to take a volume back.
 const RELEASE_TIME: Duration = Duration::from_millis(500);
 
-/// A link that can be waited for.
-pub trait WaitableLink: Link {
-    /// What becomes readable when a frame comes; `None` while the interface is away.
-    fn readable(&self) -> Option<BorrowedFd<'_>>;
-}
-
-impl WaitableLink for cirro_link::packet::PacketLink {
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
-        self.socket()
-    }
-}
-
 /// Runs a worker's turns until `ended` is set and its bell rings. Spins up to `poll` before it sleeps.
 ///
 /// # Errors
 /// The kernel has no descriptors or memory left for waiting.
-pub fn run_worker<L: WaitableLink>(mut worker: Worker<L>, ended: &AtomicBool, poll: Nanos) -> io::Result<()> {
+pub fn run_worker<L: Link + AsFd>(mut worker: Worker<L>, ended: &AtomicBool, poll: Nanos) -> io::Result<()> {
     let mut waits = Waits::new(&mut worker)?;
     let mut moved_at = clock::now();
     while !ended.load(Ordering::Relaxed) {
         let now = clock::now();
         let turn = worker.turn(now);
-        waits.follow(&mut worker, turn.link_changed)?;
+        waits.follow(&mut worker)?;
         if turn.busy || turn.active {
             moved_at = now;
             continue;
@@ -93,24 +81,15 @@ struct Waits {
 }
 
 impl Waits {
-    fn new<L: WaitableLink>(worker: &mut Worker<L>) -> io::Result<Waits> {
+    fn new<L: Link + AsFd>(worker: &mut Worker<L>) -> io::Result<Waits> {
         let waiter = Waiter::new()?;
         waiter.add(worker.inbox().bell(), TOKEN_BELL)?;
-        let mut waits = Waits { waiter, kicks: Vec::new(), ready: Vec::new() };
-        waits.watch_link(worker)?;
-        Ok(waits)
+        waiter.add(worker.link().as_fd(), TOKEN_LINK)?;
+        Ok(Waits { waiter, kicks: Vec::new(), ready: Vec::new() })
     }
 
-    fn watch_link<L: WaitableLink>(&mut self, worker: &mut Worker<L>) -> io::Result<()> {
-        // The descriptor of before has left the set by being closed.
-        worker.link().readable().map_or(Ok(()), |fd| self.waiter.add(fd, TOKEN_LINK))
-    }
-
-    /// Waits for other descriptors when a turn changed them.
-    fn follow<L: WaitableLink>(&mut self, worker: &mut Worker<L>, link_changed: bool) -> io::Result<()> {
-        if link_changed {
-            self.watch_link(worker)?;
-        }
+    /// Waits for other kicks when a turn changed them.
+    fn follow<L: Link + AsFd>(&mut self, worker: &mut Worker<L>) -> io::Result<()> {
         let Waits { waiter, kicks, .. } = self;
         for (disk, change) in worker.kick_changes() {
             let token = |ring: u16| TOKEN_KICKS + (u64::from(disk.0) << 16 | u64::from(ring));
@@ -131,7 +110,7 @@ impl Waits {
         Ok(())
     }
 
-    fn sleep<L: WaitableLink>(&mut self, worker: &Worker<L>, timeout: Option<Nanos>) -> io::Result<()> {
+    fn sleep<L: Link + AsFd>(&mut self, worker: &Worker<L>, timeout: Option<Nanos>) -> io::Result<()> {
         self.waiter.wait(timeout, &mut self.ready)?;
         for token in &self.ready {
             match *token {

@@ -35,8 +35,6 @@ pub struct Turn {
     pub busy: bool,
     /// Something moved: a frame came or went. Spinning is worth while.
     pub active: bool,
-    /// The link was opened anew: its descriptor is another.
-    pub link_changed: bool,
     /// When something is due although nothing comes in.
     pub wake_at: Option<Instant>,
 }
@@ -100,8 +98,7 @@ impl<L: Link> Worker<L> {
         self.stats.meter.turns.add(1);
         let commands_left = self.obey(now);
         let (received, link_empty) = self.receive(now);
-        let link_changed = self.link.take_changed();
-        if link_changed {
+        if self.link.take_changed() {
             let (address, mtu) = (self.link.address(), self.link.mtu() as u16);
             self.disks.iter_mut().for_each(|place| place.disk.initiator.link_changed(now, address, mtu));
         }
@@ -124,12 +121,7 @@ impl<L: Link> Worker<L> {
         }
         let deadlines = self.disks.iter().filter_map(|place| place.disk.next_deadline());
         let wake_at = deadlines.chain(self.link.poll_timeout()).min();
-        Turn {
-            busy: commands_left || !link_empty || more || unsent,
-            active: received + sent > 0,
-            link_changed,
-            wake_at,
-        }
+        Turn { busy: commands_left || !link_empty || more || unsent, active: received + sent > 0, wake_at }
     }
 
     /// Asks every ring to kick for what comes; to be called before sleeping. False: something came meanwhile, take a turn instead.

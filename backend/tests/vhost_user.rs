@@ -5,7 +5,8 @@
 mod rig;
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +18,7 @@ use cirro_backend::config::{DiskEntry, Socket};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Inbox, Mailbox, mailbox};
-use cirro_backend::server::{DiskServer, Listening, WaitableLink, run_worker};
+use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::worker::Worker;
 use cirro_ctl::stop::Stop;
 use cirro_link::memory::{MemoryLink, pair};
@@ -43,6 +44,8 @@ struct NodeLink {
     link: MemoryLink,
     node: Node,
     silent: Arc<AtomicBool>,
+    /// Never readable.
+    quiet: (UnixStream, UnixStream),
 }
 
 impl Link for NodeLink {
@@ -80,9 +83,9 @@ impl Link for NodeLink {
     }
 }
 
-impl WaitableLink for NodeLink {
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
-        None
+impl AsFd for NodeLink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.quiet.0.as_fd()
     }
 }
 
@@ -111,7 +114,8 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         attach,
         stats: Arc::default(),
     });
-    let link = NodeLink { link: here, node: Node::new(there, IMAGE_BYTES), silent };
+    let node = Node::new(there, IMAGE_BYTES);
+    let link = NodeLink { link: here, node, silent, quiet: UnixStream::pair().unwrap() };
     let mut worker = Worker::new(link, Steer::new(0, 0), inbox, Arc::default());
     worker.add(DiskId(0), disk);
     worker
