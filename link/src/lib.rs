@@ -4,6 +4,7 @@
 //! Both daemons' workers drive a [`Link`]; layers (`tap`, `faults`) stand between with the same trait.
 
 pub mod clock;
+pub mod faults;
 
 mod frame;
 pub mod memory;
@@ -12,6 +13,7 @@ pub mod packet;
 pub mod random;
 
 mod sys;
+pub mod tap;
 
 pub mod wait;
 

@@ -113,7 +113,7 @@ impl Group {
     /// What the interface is like now; `None` if there is none of this name or it is down.
     pub(super) fn look(&self, fd: impl AsFd) -> Option<Facts> {
         let (fd, name) = (fd.as_fd(), self.interface.as_str());
-        let index = sys::interface_index(name).ok()?;
+        let index = sys::interface_index(fd, name).ok()?;
         let up = sys::interface_is_up(fd, name).ok()?;
         let mtu = sys::interface_mtu(fd, name).ok()?;
         let address = sys::interface_address(fd, name).ok()?;
@@ -170,7 +170,8 @@ impl Group {
 
     /// Opens a port for every worker, in order, and leaves them waiting. A worker that sleeps is woken by the first frame on its new port.
     fn open_ports(&self, opening: &mut Opening) -> Result<u16, OpenError> {
-        let index = sys::interface_index(&self.interface)
+        let asked = self.new_socket()?;
+        let index = sys::interface_index(asked.as_fd(), &self.interface)
             .map_err(|source| OpenError::NoInterface { interface: self.interface.clone(), source })?;
         let process = self.claim_process(opening, index)?;
         let mut ports = Vec::with_capacity(usize::from(self.workers));
@@ -210,12 +211,15 @@ impl Group {
         Err(OpenError::NoProcessNumber { interface: self.interface.clone() })
     }
 
+    /// A socket that receives nothing (protocol 0) before the filter is there and it is bound.
+    fn new_socket(&self) -> Result<Socket, OpenError> {
+        let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
+        Socket::new(Domain::PACKET, raw, None).map_err(self.failed("packet socket (CAP_NET_RAW is needed)"))
+    }
+
     /// Opens one port and joins it to `group`, which the first makes.
     fn open_port(&self, steer: Steer, group: &mut Option<u16>) -> Result<Port, OpenError> {
-        let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
-        // Protocol 0: nothing is received before the filter is there and the socket is bound.
-        let socket = Socket::new(Domain::PACKET, raw, None)
-            .map_err(self.failed("packet socket (CAP_NET_RAW is needed)"))?;
+        let socket = self.new_socket()?;
         let fd = socket.as_fd();
         let facts = self.look(fd).ok_or_else(|| OpenError::Down { interface: self.interface.clone() })?;
         if !(MTU_MIN..=MTU_MAX).contains(&facts.mtu) {

@@ -112,7 +112,8 @@ pub struct Drops {
 /// also while all is well. Frames from a new address belong to no session that peers know, so sessions end with it and are made anew. The
 /// process number stays.
 ///
-/// All threads that use links of one group are in the network namespace in which it was opened.
+/// A thread that calls [`Link::receive`] while the interface is lost is in the network namespace in which the group was opened, for the new
+/// sockets are of its namespace.
 #[derive(Debug)]
 pub struct PacketLink {
     group: Arc<Group>,

@@ -3,21 +3,12 @@
 //! Knows how to call them safely and nothing of why.
 #![allow(unsafe_code, reason = "system calls; each block states what its call needs")]
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use cirro_protocol::types::MacAddress;
 
 use crate::frame::{FRAMES_QUEUED_MAX, Part, TxFrame};
-
-/// The index of an interface.
-pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
-    let name = CString::new(name)?;
-    // SAFETY: `name` is a NUL-terminated string that lives during the call.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 { Err(io::Error::last_os_error()) } else { Ok(index) }
-}
 
 fn interface_request(fd: BorrowedFd<'_>, name: &str, request: libc::c_ulong) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is plain data for which all zeroes is a value.
@@ -31,6 +22,14 @@ fn interface_request(fd: BorrowedFd<'_>, name: &str, request: libc::c_ulong) -> 
     // SAFETY: the requests made here read the name from, and write their answer to, the ifreq, which lives during the call.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, &mut ifreq) };
     if result == 0 { Ok(ifreq) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The index of an interface, in the network namespace of the socket.
+pub(crate) fn interface_index(fd: BorrowedFd<'_>, name: &str) -> io::Result<u32> {
+    let ifreq = interface_request(fd, name, libc::SIOCGIFINDEX)?;
+    // SAFETY: SIOCGIFINDEX fills the index of the union.
+    let index = unsafe { ifreq.ifr_ifru.ifru_ifindex };
+    u32::try_from(index).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// The MTU of an interface.

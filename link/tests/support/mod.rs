@@ -1,3 +1,3 @@
 //! What the integration tests of this crate share.
 
-pub mod netns;
+pub(crate) mod netns;

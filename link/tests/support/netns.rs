@@ -11,7 +11,7 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// A network namespace.
 #[derive(Debug)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     name: String,
 }
 
@@ -20,7 +20,7 @@ impl Namespace {
     ///
     /// # Panics
     /// If it cannot be made: the tests need root.
-    pub fn new() -> Namespace {
+    pub(crate) fn new() -> Namespace {
         let name = format!("cirrolink-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         succeed(Command::new("ip").args(["netns", "add", &name]));
         let namespace = Namespace { name };
@@ -33,12 +33,13 @@ impl Namespace {
     ///
     /// # Panics
     /// If it fails.
-    pub fn run(&self, line: &str) -> Output {
+    pub(crate) fn run(&self, line: &str) -> Output {
         succeed(Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')))
     }
 
     /// A command that will run inside.
-    pub fn command(&self, program: &str) -> Command {
+    #[must_use]
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name, program]);
         command
@@ -48,7 +49,7 @@ impl Namespace {
     ///
     /// # Panics
     /// If the namespace cannot be entered, or `body` panics.
-    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 self.enter_here();
@@ -63,7 +64,7 @@ impl Namespace {
     /// # Panics
     /// If that is not allowed.
     #[allow(unsafe_code, reason = "setns has no safe form in the standard library")]
-    pub fn enter_here(&self) {
+    pub(crate) fn enter_here(&self) {
         let file = File::open(format!("/run/netns/{}", self.name)).expect("the namespace was made");
         // SAFETY: takes a descriptor that is open and no pointer; concerns the calling thread alone.
         let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
@@ -80,23 +81,23 @@ impl Drop for Namespace {
 
 /// Two namespaces joined by a wire: interface `wire0` in each, up.
 #[derive(Debug)]
-pub struct VethPair {
+pub(crate) struct VethPair {
     /// One end.
-    pub a: Namespace,
+    pub(crate) a: Namespace,
     /// The other.
-    pub b: Namespace,
+    pub(crate) b: Namespace,
     mtu: usize,
 }
 
 /// The interface's name in both namespaces.
-pub const INTERFACE: &str = "wire0";
+pub(crate) const INTERFACE: &str = "wire0";
 
 impl VethPair {
     /// A new pair.
     ///
     /// # Panics
     /// If it cannot be made: the tests need root.
-    pub fn new(mtu: usize) -> VethPair {
+    pub(crate) fn new(mtu: usize) -> VethPair {
         let pair = VethPair { a: Namespace::new(), b: Namespace::new(), mtu };
         pair.connect();
         pair
@@ -106,7 +107,7 @@ impl VethPair {
     ///
     /// # Panics
     /// If it cannot be made.
-    pub fn connect(&self) {
+    pub(crate) fn connect(&self) {
         let VethPair { a, b, mtu } = self;
         a.run(&format!(
             "ip link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} netns {} mtu {mtu}",
@@ -118,7 +119,7 @@ impl VethPair {
     }
 
     /// What the next [`VethPair::connect`] makes.
-    pub fn set_mtu(&mut self, mtu: usize) {
+    pub(crate) fn set_mtu(&mut self, mtu: usize) {
         self.mtu = mtu;
     }
 
@@ -126,7 +127,7 @@ impl VethPair {
     ///
     /// # Panics
     /// If there is none.
-    pub fn cut(&self) {
+    pub(crate) fn cut(&self) {
         self.a.run(&format!("ip link del {INTERFACE}"));
     }
 }
