@@ -5,16 +5,14 @@
 
 pub mod clock;
 pub mod faults;
-
 mod frame;
 pub mod memory;
 mod mmap;
 pub mod packet;
 pub mod random;
-
+pub mod stack;
 mod sys;
 pub mod tap;
-
 pub mod wait;
 
 use cirro_protocol::time::Instant;
