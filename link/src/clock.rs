@@ -12,9 +12,6 @@ pub fn now() -> Instant {
     Instant(sys::clock_ns(libc::CLOCK_MONOTONIC))
 }
 
-/// Where a layer reads the time: [`now`] in a daemon, a test's own clock in a test.
-pub type Source = Box<dyn Fn() -> Instant + Send>;
-
 /// Now by the wall clock, in nanoseconds since 1970. It can jump: for files that people read, nothing else.
 pub fn wall_ns() -> u64 {
     sys::clock_ns(libc::CLOCK_REALTIME)
