@@ -67,7 +67,7 @@ wire_report() {
   say "  frames               $(frames_into "$NODE_NS") to the node, $(frames_into "$BACKEND_NS") to the backend"
   dropped_line
   say "  frames lost          $(stat_sum backend frames_lost) as the backend saw it, $(stat_sum node frames_lost) as the node saw it"
-  say "  messages sent again  $(stat_sum backend messages_resent) by the backend, $(stat_sum node messages_resent) by the node"
+  say "  messages sent again  $(stat_sum backend messages_resent) by the backend, $(stat_sum node messages_resent) by the node, after $(stat_sum backend probe_timeouts) and $(stat_sum node probe_timeouts) probe timeouts"
 }
 
 final_report() {
@@ -104,6 +104,7 @@ main() {
   say "cirro-node and cirro-backend run"
   run_disk_work
   stop_daemons
+  check_loss
   check_volume
   final_report
   say ""

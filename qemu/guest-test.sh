@@ -41,13 +41,14 @@ main() {
   parse "$@"
   need_root
   undo_on_exit
-  DISK_MIB=256 FS_MIB=128 HOLE_MIB=4 FIO_MIB=$((48 / VCPUS)) TREE=/usr,/modules GUEST_TIMEOUT_S=85
+  FS_MIB=128 HOLE_MIB=4 FIO_MIB=$((48 / VCPUS)) TREE=/usr,/modules GUEST_TIMEOUT_S=85
   "$QEMU_DIR/install.sh"
   "$QEMU_DIR/guest-image.sh"
   rig_up
   start_daemons
   if [[ -n $VERBOSE ]]; then run_disk_work; else run_disk_work >/dev/null; fi
   stop_daemons
+  check_loss
   check_volume
   say "$(guest_value tree-files) files and $((2 * VCPUS * FIO_MIB)) MiB of verified writes in $((SECONDS - started_s)) s"
   say "test guest::queues_$(guest_value queues)_mtu_${MTU}_loss_$LOSS_PERCENT ... ok"

@@ -7,14 +7,14 @@
 
 # What the callers choose. BIN_DIR holds the daemons; sizes are in MiB and explained in guest/disk-work.sh.
 BIN_DIR='' MTU=9000 LOSS_PERCENT=0 VCPUS=2 QUEUES='' GUEST_TIMEOUT_S=200
-DISK_MIB=512 FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
+FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
 
 NODE_NS=cirro-node-$$
 BACKEND_NS=cirro-backend-$$
 INTERFACE=wire
 VOLUME=demo
 # Files of the run: made in rig_up.
-WORK='' RAW='' REPORT=''
+WORK='' RAW='' REPORT='' DISK_MIB=''
 NODE_PID='' BACKEND_PID=''
 
 # rig_up: the working directory, the namespaces, the wire and, if asked for, its losses.
@@ -23,6 +23,7 @@ rig_up() {
   undo rig_clear_files
   RAW=$WORK/volume.raw REPORT=$WORK/report
   mkdir "$WORK/node" "$WORK/backend"
+  DISK_MIB=$((FS_MIB + 2 * HOLE_MIB + VCPUS * FIO_MIB))
   truncate -s "${DISK_MIB}M" "$RAW"
   local ns
   for ns in "$NODE_NS" "$BACKEND_NS"; do
@@ -32,8 +33,8 @@ rig_up() {
   ip link add "$INTERFACE" netns "$NODE_NS" mtu "$MTU" type veth peer name "$INTERFACE" netns "$BACKEND_NS" mtu "$MTU" ||
     die "cannot make a veth pair with MTU $MTU"
   for ns in "$NODE_NS" "$BACKEND_NS"; do
-    ip -n "$ns" link set lo up
-    ip -n "$ns" link set "$INTERFACE" up
+    ip -n "$ns" link set lo up || die "cannot configure the network namespace $ns"
+    ip -n "$ns" link set "$INTERFACE" up || die "cannot set $INTERFACE up in $ns"
     ((LOSS_PERCENT == 0)) || lose_frames "$ns"
   done
 }
@@ -131,6 +132,12 @@ stop_daemons() {
   ask_stats backend
   stop_process "$BACKEND_PID" || daemon_failed cirro-backend "ended with exit code $? on SIGTERM"
   stop_process "$NODE_PID" || daemon_failed cirro-node "ended with exit code $? on SIGTERM"
+}
+
+# check_loss: a wire that was to lose frames did, in both directions; otherwise the run has shown less than it says.
+check_loss() {
+  ((LOSS_PERCENT == 0)) && return
+  (($(frames_dropped "$NODE_NS") > 0 && $(frames_dropped "$BACKEND_NS") > 0)) || die "nft dropped nothing at $LOSS_PERCENT % loss"
 }
 
 # check_volume: the node's raw file, read by nobody's code but e2fsprogs, holds what the guest wrote.
