@@ -24,8 +24,9 @@ use crate::clock::{self, KernelClocks, Stamps};
 use crate::frame::FramePool;
 use crate::{FrameId, Link, Received, TxFrame};
 
-/// How often a socket on which nothing comes is asked for its pending error, which would wake its worker for ever.
-const ERROR_EVERY: Nanos = Nanos::from_millis(10);
+/// How often a socket on which nothing comes is asked for its pending error, which wakes its worker until somebody has asked. The question
+/// costs a spinning worker a system call of about 0.15 µs each time, less than 1 % of this.
+const ERROR_EVERY: Nanos = Nanos::from_micros(20);
 /// How often a link that seems well is asked whether its interface is still the one it was bound to.
 const CHECK_EVERY: Nanos = Nanos::from_secs(1);
 /// Frames of one flush that the kernel may refuse one by one before the rest is refused unasked: an interface that drops some (a full
