@@ -480,6 +480,11 @@ impl Initiator {
         stats
     }
 
+    /// The session epoch of the session at hand, or of the last one.
+    pub fn session_epoch(&self) -> u64 {
+        self.session_epoch.saturating_sub(1).max(self.config.session_epoch)
+    }
+
     /// Where it stands.
     pub fn state(&self) -> StateName {
         match &self.phase {

@@ -420,7 +420,14 @@ impl Requests {
             return None;
         }
         self.release(message.slot);
-        Some(status)
+        if status != Status::Retry {
+            return Some(status);
+        }
+        // Not now, says the node: the request waits its turn anew.
+        self.free.pop();
+        self.table[message.slot.index()].state = State::Queued;
+        self.enqueue(message.slot);
+        None
     }
 
     fn issued(&mut self, message: &Message, stats: &mut Stats) -> Option<&mut Request> {

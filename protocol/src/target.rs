@@ -14,24 +14,24 @@
 //! Buffers: a slot has at most one. It is given by `buffers_wanted` (a write) or for [`Event::Run`] of a read. A new write in a slot whose
 //! last read is not fully acked replaces its buffer, without [`Event::Free`]: that the slot is used again says that the data arrived.
 
+mod transmit;
+
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use crate::connected::probe_plen;
 use crate::handshake::agree;
 use crate::op::{Op, Status};
 use crate::pieces::{PieceSet, next_lower};
 use crate::send_window::{Record, What};
-use crate::session::{FrameWriter, PayloadRef, Placement, Session, SessionConfig, Transmit};
+use crate::session::{Placement, Session, SessionConfig};
 use crate::stats::Stats;
 use crate::time::{Instant, Nanos};
 use crate::types::{
     CONTROL_SLOT, Cid, MacAddress, REQUEST_BYTES_MAX, SECTOR_BYTES, SLOTS_MAX, Slot, Steer, Uuid,
 };
-use crate::wire::body::{CloseReason, OpenRequest, VOLUME_INFO_BYTES, VolumeInfo};
+use crate::wire::body::{CloseReason, OpenRequest, VolumeInfo};
 use crate::wire::long::{Hello, HelloReply};
-use crate::wire::message::MESSAGE_BYTES;
 use crate::wire::{Frame, Kind, Message, Payload};
 
 /// Frames that nobody acked for so long mean that the initiator is gone.
@@ -147,6 +147,8 @@ struct SlotState {
     /// The next piece of a read's answer to be sent for the first time.
     next_piece: u16,
     info: Option<VolumeInfo>,
+    /// [`Event::Free`] of its last read waits in the queue: a new write makes it void.
+    free_queued: bool,
 }
 
 /// The node's end of one session.
@@ -198,6 +200,7 @@ impl Target {
             pieces: PieceSet::default(),
             next_piece: 0,
             info: None,
+            free_queued: false,
         };
         Target {
             session: Session::new(session, now, None),
@@ -309,6 +312,9 @@ impl Target {
         if fresh {
             for payload in frame.messages() {
                 self.handle_message(now, frame, &payload, placements);
+                if self.gone {
+                    return;
+                }
             }
         }
         self.settle();
@@ -370,6 +376,9 @@ impl Target {
         }
         let grid = self.session.grid();
         let slot = &mut self.slots[message.slot.index()];
+        if op == Op::Write && core::mem::take(&mut slot.free_queued) {
+            self.events.retain(|event| *event != Event::Free { slot: message.slot });
+        }
         if slot.op == Op::Read && slot.state == State::Answering(Status::Ok) && op != Op::Write {
             self.events.push_back(Event::Free { slot: message.slot });
         }
@@ -457,7 +466,10 @@ impl Target {
         (state.info, state.next_piece) = (info, 0);
         match state.op {
             Op::Read if status == Status::Ok => state.pieces.reset(grid.count(state.len)),
-            Op::Read => self.events.push_back(Event::Free { slot }),
+            Op::Read => {
+                state.free_queued = true;
+                self.events.push_back(Event::Free { slot });
+            }
             Op::Write => self.credit = self.credit.wrapping_add(state.len.div_ceil(SECTOR_BYTES as u32)),
             Op::Flush | Op::Discard | Op::WriteZeroes | Op::Open | Op::Release | Op::Stat => {}
         }
@@ -491,7 +503,7 @@ impl Target {
             if record.what == What::ReadData && answering && slot.op == Op::Read {
                 slot.pieces.insert(record.piece);
                 if slot.pieces.is_complete() {
-                    slot.state = State::Idle;
+                    (slot.state, slot.free_queued) = (State::Idle, true);
                     self.events.push_back(Event::Free { slot: record.slot });
                 }
             }
@@ -536,161 +548,20 @@ impl Target {
 
     /// The link would not take frame `pn`.
     pub fn not_sent(&mut self, now: Instant, pn: u64) {
+        if self.gone {
+            return;
+        }
         self.session.not_sent(now, pn, &mut self.stats);
         self.settle();
     }
 
     /// What the node has to do, oldest first.
     pub fn poll_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
-    }
-
-    /// Writes the next frame into `head` (all but CRC trailer and tag) and names its payloads; `None` when there is nothing to send now.
-    pub fn poll_transmit(
-        &mut self,
-        now: Instant,
-        head: &mut Vec<u8>,
-        payloads: &mut Vec<PayloadRef>,
-    ) -> Option<Transmit> {
-        if self.gone || !self.confirmed || !self.session.can_send(now) {
-            return None;
+        let event = self.events.pop_front()?;
+        if let Event::Free { slot } = event {
+            self.slots[slot.index()].free_queued = false;
         }
-        if let Some(reason) = self.closing.take() {
-            let mut writer = self.session.begin(now, self.credit, head, payloads);
-            writer.push(Message { code: reason as u8, ..Message::bare(Kind::Close) }, &[]);
-            let transmit = self.session.finish(now, writer, &mut self.stats);
-            self.end(GoneCause::ClosedHere(reason));
-            return Some(transmit);
-        }
-        if let Some(ping) = self.session.transmit_ping(now, self.credit, head, payloads, &mut self.stats) {
-            return Some(ping);
-        }
-        if let Some(plen) = self.echo.take() {
-            return Some(self.transmit_echo(now, plen, head, payloads));
-        }
-        let waits = !self.resend.is_empty() || !self.answers.is_empty() || self.event.is_some();
-        if !waits && !self.session.must_send(now) {
-            return None;
-        }
-        let mut writer = self.session.begin(now, self.credit, head, payloads);
-        self.session.push_ranges(&mut writer);
-        self.transmit_event(&mut writer);
-        self.transmit_lost(&mut writer);
-        self.transmit_answers(&mut writer);
-        if writer.is_empty() && !self.session.must_send(now) {
-            head.clear();
-            return None;
-        }
-        Some(self.session.finish(now, writer, &mut self.stats))
-    }
-
-    fn transmit_echo(
-        &mut self,
-        now: Instant,
-        plen: u16,
-        head: &mut Vec<u8>,
-        payloads: &mut Vec<PayloadRef>,
-    ) -> Transmit {
-        let mut writer = self.session.begin(now, self.credit, head, payloads);
-        let filler = alloc::vec![0; usize::from(plen).min(probe_plen(usize::from(self.config.mtu)))];
-        writer.push(Message { code: 1, ..Message::bare(Kind::Probe) }, &filler);
-        self.session.finish(now, writer, &mut self.stats)
-    }
-
-    fn transmit_event(&mut self, writer: &mut FrameWriter<'_>) {
-        if let Some(info) = self.event.filter(|_| writer.fits(MESSAGE_BYTES, VOLUME_INFO_BYTES)) {
-            self.event = None;
-            let mut body = Vec::with_capacity(VOLUME_INFO_BYTES);
-            info.emit(&mut body);
-            writer.push(Message::bare(Kind::Event), &body);
-            self.event_sent = Some(info);
-            self.session.remember(
-                writer,
-                Record { slot: CONTROL_SLOT, sseq: 0, piece: 0, what: What::Event, losses: 0 },
-            );
-        }
-    }
-
-    fn transmit_lost(&mut self, writer: &mut FrameWriter<'_>) {
-        while let Some(record) = self.resend.front().copied() {
-            let slot = &self.slots[record.slot.index()];
-            let current = slot.last == record.sseq && matches!(slot.state, State::Answering(_));
-            let sent = match record.what {
-                What::Event => {
-                    self.event = self.event.or(self.event_sent);
-                    true
-                }
-                What::ReadData if current && slot.op == Op::Read && !slot.pieces.contains(record.piece) => {
-                    self.stats.messages_resent += 1;
-                    self.push_read_data(writer, record.slot, record.piece, record.losses)
-                }
-                What::Response if current => {
-                    self.stats.messages_resent += 1;
-                    self.push_response(writer, record.slot, record.losses)
-                }
-                What::ReadData | What::Response | What::Request | What::WriteData => true,
-            };
-            if !sent {
-                return;
-            }
-            self.resend.pop_front();
-        }
-    }
-
-    fn transmit_answers(&mut self, writer: &mut FrameWriter<'_>) {
-        while let Some(slot) = self.answers.front().copied() {
-            let state = &self.slots[slot.index()];
-            if state.op == Op::Read && state.state == State::Answering(Status::Ok) {
-                let (piece, count) = (state.next_piece, self.session.grid().count(state.len));
-                if !self.push_read_data(writer, slot, piece, 0) {
-                    return;
-                }
-                self.slots[slot.index()].next_piece = piece + 1;
-                if piece + 1 < count {
-                    continue;
-                }
-            } else if !self.push_response(writer, slot, 0) {
-                return;
-            }
-            self.answers.pop_front();
-        }
-    }
-
-    fn push_read_data(&mut self, writer: &mut FrameWriter<'_>, slot: Slot, piece: u16, losses: u8) -> bool {
-        let state = &self.slots[slot.index()];
-        let (offset, plen) = self.session.grid().range(piece, state.len);
-        if !writer.fits(MESSAGE_BYTES, plen as usize) || !self.session.may_send_data() {
-            return false;
-        }
-        let message = Message {
-            slot,
-            sseq: state.last,
-            code: Status::Ok as u8,
-            mlen: state.len,
-            ..Message::bare(Kind::ReadData)
-        };
-        writer.push_data(message, offset, plen, losses);
-        self.session.remember(writer, Record { slot, sseq: state.last, piece, what: What::ReadData, losses });
-        true
-    }
-
-    fn push_response(&mut self, writer: &mut FrameWriter<'_>, slot: Slot, losses: u8) -> bool {
-        let state = &self.slots[slot.index()];
-        let State::Answering(status) = state.state else { return true };
-        let mut body = Vec::new();
-        if let Some(info) = &state.info {
-            info.emit(&mut body);
-        }
-        if !writer.fits(MESSAGE_BYTES, body.len()) {
-            return false;
-        }
-        writer.push(
-            Message { slot, sseq: state.last, code: status as u8, ..Message::bare(Kind::Response) },
-            &body,
-        );
-        self.session
-            .remember(writer, Record { slot, sseq: state.last, piece: 0, what: What::Response, losses });
-        true
+        Some(event)
     }
 
     /// The counters; gauges are of now.
