@@ -119,7 +119,7 @@ impl Pool {
         while order + 1 < ORDERS {
             let page = block.start() / PAGE_BYTES;
             let other = page ^ (1 << order);
-            if !self.free[other].as_ref().is_some_and(|b| b.len() == block.len()) {
+            if self.free[other].as_ref().is_none_or(|b| b.len() != block.len()) {
                 break;
             }
             let other = self.unlink(other as u32);

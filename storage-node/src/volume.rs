@@ -175,7 +175,7 @@ pub enum VolumeError {
         /// The volume.
         name: VolumeName,
         /// The other.
-        other: VolumeName,
+        other: Box<VolumeName>,
         /// The file.
         path: PathBuf,
     },
@@ -375,7 +375,7 @@ pub fn refuse_same_file(volumes: &[Volume]) -> Result<(), VolumeError> {
         if let Some(other) = volumes[..index].iter().find(|other| other.identity == volume.identity) {
             return Err(VolumeError::SameFile {
                 name: volume.name,
-                other: other.name,
+                other: Box::new(other.name),
                 path: volume.path.clone(),
             });
         }
@@ -433,4 +433,128 @@ fn device_queue_number(device: u64, name: &str) -> Option<u64> {
     let folder = format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device));
     let read = |path: &str| std::fs::read_to_string(Path::new(&folder).join(path).join(name)).ok();
     read("queue").or_else(|| read("../queue"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(path: &Path, options: &str) -> VolumeSpec {
+        format!("v={}{options}", path.display()).parse().expect("a legal description")
+    }
+
+    fn sparse(folder: &Path, name: &str, bytes: u64) -> PathBuf {
+        let path = folder.join(name);
+        File::create(&path).and_then(|file| file.set_len(bytes)).expect("a file can be made");
+        path
+    }
+
+    #[test]
+    fn a_volume_is_locked_by_who_has_it_open_and_free_when_that_is_closed() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = sparse(dir.path(), "a", 1 << 20);
+        let (first, second) =
+            (Volume::open(&spec(&path, "")).unwrap(), Volume::open(&spec(&path, "")).unwrap());
+        assert!(first.try_lock().unwrap());
+        assert!(!second.try_lock().unwrap());
+        // The description stays open for as long as anything that does I/O has it.
+        let in_use = first.store_file();
+        drop(first);
+        assert!(!second.try_lock().unwrap());
+        drop(in_use);
+        assert!(second.try_lock().unwrap());
+        drop(second);
+        let readers: Vec<Volume> = (0..2).map(|_| Volume::open(&spec(&path, ",ro")).unwrap()).collect();
+        assert!(readers.iter().all(|reader| reader.try_lock().unwrap()), "readers share");
+        assert!(!Volume::open(&spec(&path, "")).unwrap().try_lock().unwrap());
+    }
+
+    #[test]
+    fn the_same_file_under_another_name_is_refused() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = sparse(dir.path(), "a", 1 << 20);
+        let (link, other) = (dir.path().join("b"), sparse(dir.path(), "c", 1 << 20));
+        std::fs::hard_link(&path, &link).unwrap();
+        let open = |name: &str, path: &Path| {
+            Volume::open(&VolumeSpec { name: name.parse().unwrap(), ..spec(path, "") }).unwrap()
+        };
+        refuse_same_file(&[open("one", &path), open("two", &other)]).unwrap();
+        let error =
+            refuse_same_file(&[open("one", &path), open("two", &other), open("three", &link)]).unwrap_err();
+        assert!(error.to_string().starts_with("volumes three and one are the same file"), "{error}");
+    }
+
+    #[test]
+    fn a_file_in_memory_falls_back_from_direct_io_and_says_why() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = sparse(dir.path(), "a", (1 << 20) + 700);
+        let volume = Volume::open(&spec(&path, "")).unwrap();
+        assert_eq!((volume.io, volume.block_bytes), (IoMode::Buffered, 512));
+        assert!(volume.io_note.is_some_and(|why| why.contains("memory")));
+        assert_eq!(volume.capacity_sectors, 2049, "a sector that is not whole is none");
+        let error = Volume::open(&spec(&path, ",io=direct")).unwrap_err();
+        assert!(error.to_string().contains("leave io=direct out"), "{error}");
+    }
+
+    #[test]
+    fn a_file_with_direct_io_tells_the_alignment_that_it_asks_for() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = sparse(dir.path(), "a", 1 << 20);
+        let volume = Volume::open(&spec(&path, "")).unwrap();
+        let facts = statx(&*volume.file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).unwrap();
+        match volume.io {
+            IoMode::Direct => assert_eq!(volume.block_bytes, facts.stx_dio_offset_align.max(512)),
+            IoMode::Buffered => assert_eq!(facts.stx_dio_offset_align, 0, "{:?}", volume.io_note),
+        }
+        assert_eq!(Volume::open(&spec(&path, ",io=buffered")).unwrap().io, IoMode::Buffered);
+    }
+
+    #[test]
+    fn only_whole_blocks_inside_are_covered() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut volume = Volume::open(&spec(&sparse(dir.path(), "a", 1 << 20), "")).unwrap();
+        let end = 1 << 20;
+        for (offset, len, covered) in [
+            (0, 512, true),
+            (0, end, true),
+            (end - 512, 512, true),
+            (end - 512, 1024, false),
+            (end, 512, false),
+            (0, 0, false),
+            (1, 512, false),
+            (0, 513, false),
+            (u64::MAX - 511, 512, false),
+            (u64::MAX - 511, 1024, false),
+        ] {
+            assert_eq!(volume.covers(offset, len), covered, "{len} at {offset}");
+        }
+        volume.block_bytes = 4096;
+        assert!(!volume.covers(512, 4096) && !volume.covers(0, 512) && volume.covers(4096, 4096));
+    }
+
+    #[test]
+    fn what_cannot_be_a_volume_is_refused_with_its_path() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        for (path, words) in [
+            (dir.path().to_owned(), "neither a regular file nor a block device"),
+            (PathBuf::from("/dev/null"), "neither a regular file nor a block device"),
+            (dir.path().join("missing"), "No such file"),
+            (sparse(dir.path(), "small", 511), "make it larger"),
+        ] {
+            let error = Volume::open(&spec(&path, "")).unwrap_err().to_string();
+            assert!(error.contains(words) && error.contains(path.to_str().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_answer_to_open_says_what_the_volume_can_do() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = sparse(dir.path(), "a", 1 << 20);
+        let info = Volume::open(&spec(&path, ",serial=ABC,durability=write-through")).unwrap().info(3, 4);
+        assert_eq!((info.vol_epoch, info.vol_handle, info.capacity_sectors), (3, 4, 2048));
+        assert_eq!(info.flags, VOLUME_DISCARD | VOLUME_WRITE_ZEROES | VOLUME_WRITE_THROUGH);
+        assert_eq!(&info.serial[..4], b"ABC\0");
+        let info = Volume::open(&spec(&path, ",ro")).unwrap().info(1, 1);
+        assert_eq!((info.flags, &info.serial[..2]), (VOLUME_READ_ONLY, &b"v\0"[..]));
+    }
 }

@@ -8,13 +8,13 @@ use cirro_node::store::StoreOp;
 use cirro_protocol::initiator::{Event, LossCause};
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::time::Nanos;
-use cirro_protocol::types::{Cid, MacAddress, Steer, Uuid};
+use cirro_protocol::types::{Cid, MacAddress, Slot, Steer, Uuid};
 use cirro_protocol::wire::body::{Access, CloseReason};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::header::Header;
-use cirro_protocol::wire::long::{Body, Hello, LongFrame, WhoHas};
+use cirro_protocol::wire::long::{Body, Hello, WhoHas};
 use cirro_protocol::wire::message::{Kind, Message};
-use cirro_seal::seal_long;
+use segment::stranger::{Stranger, hello, long_to_node};
 use segment::{BYTES, Segment};
 
 use Access::{ReadOnly, ReadWrite};
@@ -30,29 +30,6 @@ fn opened(option: &str) -> Segment {
     segment.add_guest(1, ReadWrite, false);
     segment.attach(0, ReadWrite);
     segment
-}
-
-fn long_to_node(segment: &mut Segment, body: Body) {
-    let (to, from) = (segment.node_address(), MacAddress([2, 0, 0, 0, 9, 9]));
-    let mut head = Vec::new();
-    LongFrame::new(from, to, Steer::new(2, 0), body).emit(&mut head);
-    seal_long(&mut head);
-    segment.send_raw(&head);
-}
-
-fn hello(volume: &str, session_epoch: u64, nonce: u64) -> Hello {
-    Hello {
-        volume: volume.parse().unwrap(),
-        node: Uuid([0x11; 16]),
-        attachment: Uuid([9; 16]),
-        session_epoch,
-        nonce,
-        cid: Cid::new(7, 1),
-        steer: Steer::new(1, 0),
-        mtu: 9000,
-        slots: 16,
-        piece_bytes_max: u32::MAX,
-    }
 }
 
 #[test]
@@ -113,7 +90,7 @@ fn a_request_outside_the_volume_or_its_blocks_is_invalid_and_touches_nothing() {
         (Op::Write, 100, 512),
         (Op::Read, 0, 700),
         (Op::Discard, BYTES - 512, 1024),
-        (Op::WriteZeroes, u64::MAX - 511, 512),
+        (Op::WriteZeroes, 1 << 62, 512),
     ] {
         let (status, _) = segment.ask(0, op, offset, vec![1; len]);
         assert_eq!(status, Status::Invalid, "{op:?} of {len} at {offset}");
@@ -235,20 +212,76 @@ fn an_open_waits_for_writes_of_the_session_before() {
 
 #[test]
 fn overlapping_writes_reach_the_store_one_after_the_other() {
-    let mut segment = opened("");
+    let mut segment = Segment::new("");
+    let mut stranger = Stranger::opened(&mut segment);
     segment.faults.borrow_mut().hold.push(StoreOp::Write);
-    segment.submit(0, Op::Write, 0, vec![1; 8192]);
-    segment.submit(0, Op::Write, 4096, vec![2; 8192]);
-    segment.submit(0, Op::Write, 65536, vec![3; 4096]);
-    segment.submit(0, Op::Read, 4096, vec![0; 4096]);
-    segment.run_for(Nanos::from_millis(50));
-    let seen: Vec<_> = segment.faults.borrow().seen.iter().map(|(op, offset, _)| (*op, *offset)).collect();
-    assert_eq!(seen.iter().filter(|(op, _)| *op == StoreOp::Write).count(), 2, "{seen:?}");
-    assert!(!seen.contains(&(StoreOp::Write, 4096)), "the second waits for the first");
-    assert!(seen.contains(&(StoreOp::Read, 4096)), "a read does not wait");
+    let write = |slot, offset, fill| (Op::Write, Slot(slot), 1, offset, vec![fill; 1024]);
+    stranger.send(&mut segment, &[write(0, 0, 1), write(1, 512, 2), write(2, 65536, 3), write(3, 1024, 4)]);
+    let writes =
+        |s: &Segment| s.faults.borrow().seen.iter().map(|(_, offset, _)| *offset).collect::<Vec<_>>();
+    assert_eq!(writes(&segment), [0, 65536], "the second waits for the first, the fourth for the second");
     segment.faults.borrow_mut().hold.clear();
-    segment.run_until("all ended", |s| s.guests[0].done.len() == 4);
-    assert_eq!(written(&segment, 4096, 4096), [2; 4096], "the later one is what stays");
+    segment.run_for(Nanos::from_millis(1));
+    assert_eq!(writes(&segment), [0, 65536, 512, 1024]);
+    let bytes = [[1; 512], [2; 512], [4; 512], [4; 512]].concat();
+    assert_eq!(written(&segment, 0, 2048), bytes, "as if they had been written in order");
+}
+
+#[test]
+fn a_write_with_another_handle_touches_nothing() {
+    let mut segment = Segment::new("");
+    let mut stranger = Stranger::opened(&mut segment);
+    stranger.handle = 2;
+    stranger.send(&mut segment, &[(Op::Write, Slot(0), 1, 0, vec![1; 512])]);
+    assert_eq!(segment.faults.borrow().seen, []);
+    stranger.handle = 1;
+    stranger.send(&mut segment, &[(Op::Write, Slot(0), 2, 0, vec![1; 512])]);
+    assert_eq!(segment.faults.borrow().seen, [(StoreOp::Write, 0, 512)]);
+}
+
+#[test]
+fn a_frame_that_is_not_of_the_session_changes_nothing_and_is_counted() {
+    let mut segment = Segment::new("");
+    let mut stranger = Stranger::opened(&mut segment);
+    let write = [(Op::Write, Slot(0), 1, 0, vec![1; 512])];
+    let (source, nonces) = (stranger.to.source, stranger.nonces);
+    stranger.to.source = MacAddress([2, 0, 0, 0, 9, 8]);
+    stranger.send(&mut segment, &write);
+    (stranger.to.source, stranger.nonces.receiver) = (source, nonces.receiver ^ 1);
+    stranger.send(&mut segment, &write);
+    stranger.nonces = nonces;
+    stranger.header.steer = Steer::new(2, 1);
+    stranger.send(&mut segment, &write);
+    assert_eq!(segment.faults.borrow().seen, []);
+    let dropped = segment.worker.meter().snapshot().dropped;
+    for reason in ["other-source", "tag", "not-for-us"] {
+        assert_eq!(dropped.get(reason), Some(&1), "{reason}: {dropped:?}");
+    }
+}
+
+/// P-56
+#[test]
+fn a_write_for_which_there_is_no_buffer_is_done_when_there_is_one() {
+    let mut segment = opened("");
+    // Writes of 513 KiB, of which only the first piece ever comes, occupy 1 MiB of the 32 each. Credit lets the first three strangers begin
+    // 7 of them (4 MiB), the others one (1 MiB).
+    let mut strangers: Vec<Stranger> = (0..14).map(|id| Stranger::greeted(&mut segment, 100 + id)).collect();
+    for (number, stranger) in strangers.iter_mut().enumerate() {
+        stranger.mlen = Some(513 << 10);
+        for slot in 0..if number < 3 { 7 } else { 1 } {
+            stranger.send(&mut segment, &[(Op::Write, Slot(slot), 1, 0, vec![1; 8192])]);
+        }
+    }
+    assert_eq!(segment.worker.pool_bytes_used().0, 32 << 20);
+    segment.submit(0, Op::Write, 4096, vec![5; 4096]);
+    segment.run_for(Nanos::from_millis(300));
+    assert!(segment.guests[0].done.is_empty());
+    assert!(segment.worker.meter().snapshot().dropped["no-buffer"] > 1, "it was sent again");
+    strangers[5].close(&mut segment);
+    segment.run_until("the write ended", |s| s.guests[0].done.len() == 1);
+    assert_eq!(segment.guests[0].done[0].1, Status::Ok);
+    assert_eq!(written(&segment, 4096, 4096), [5; 4096]);
+    assert!(!segment.guests[0].events.iter().any(|event| matches!(event, Event::Lost(_))), "in one session");
 }
 
 #[test]

@@ -127,6 +127,7 @@ impl<S: Store> Node<S> {
             }
             return session.target.complete(asking.slot, status);
         }
+        // Within the volume, or (a flush) without length: the end of the range is a number.
         let buffer = match std::mem::take(&mut session.buffers[asking.slot.index()]) {
             SlotBuffer::Write(buffer) => Some(buffer),
             SlotBuffer::Read(buffer) => {
@@ -142,7 +143,7 @@ impl<S: Store> Node<S> {
             slot: asking.slot,
             op: asking.op,
             volume: session.volume,
-            offset: asking.offset,
+            offset: if asking.op == Op::Flush { 0 } else { asking.offset },
             len: asking.len,
             buffer,
             change: 0,
@@ -152,11 +153,11 @@ impl<S: Store> Node<S> {
             job.change = served.next_change;
             served.next_change += 1;
         }
+        let (op, start, end) = (job.op, job.offset, job.offset + job.len);
         let number = self.jobs.add(job);
-        let held = Held { start: asking.offset, end: asking.offset + asking.len, id: u32::from(number) };
-        if asking.op == Op::Read {
+        if op == Op::Read {
             self.jobs.reads.push_back(number);
-        } else if !asking.op.changes_data() || served.changes.acquire(held) {
+        } else if !op.changes_data() || served.changes.acquire(Held { start, end, id: u32::from(number) }) {
             self.jobs.ready.push_back(number);
         }
     }

@@ -233,11 +233,10 @@ impl<S: Store> Node<S> {
     fn time_out(&mut self, now: Instant) {
         self.handshake.time_out(now, &self.config, self.address);
         self.sessions.time_out(now);
-        if let Some(deadline) = self.stop_at.filter(|_| !self.closed) {
-            if now >= deadline || self.jobs.is_empty() {
-                self.closed = true;
-                self.close_all();
-            }
+        let deadline = self.stop_at.filter(|_| !self.closed);
+        if deadline.is_some_and(|deadline| now >= deadline || self.jobs.is_empty()) {
+            self.closed = true;
+            self.close_all();
         }
     }
 

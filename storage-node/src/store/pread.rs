@@ -14,7 +14,7 @@ use super::{
 };
 
 /// Bytes of zeroes written at a time where the file system cannot zero a range.
-const ZEROES: [u8; 65536] = [0; 65536];
+static ZEROES: [u8; 65536] = [0; 65536];
 
 /// See the module.
 #[derive(Debug, Default)]

@@ -2,6 +2,8 @@
 //!
 //! Knows the backend's end of the protocol; its guests are vectors of bytes. Included by the tests beside it.
 
+pub(crate) mod stranger;
+
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
