@@ -52,7 +52,10 @@ enum Fate {
     /// Nobody waits for its ack.
     Settled,
     InFlight,
+    /// Taken for lost because later ones were acked.
     Lost,
+    /// Given up at a probe timeout.
+    GivenUp,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -239,7 +242,7 @@ impl SendWindow {
             }
             let due = frame.sent_at + loss_delay;
             if self.largest_acked - pn >= self.reorder || due <= now {
-                self.lose(pn, true, verdicts);
+                self.lose(pn, Fate::Lost, true, verdicts);
                 lost += 1;
             } else if next.is_none() {
                 next = Some(due);
@@ -259,7 +262,7 @@ impl SendWindow {
             }
             let SentFrame { fate, sent_at, .. } = *self.frame(pn);
             if fate == Fate::InFlight {
-                self.lose(pn, last_heard > sent_at, verdicts);
+                self.lose(pn, Fate::GivenUp, last_heard > sent_at, verdicts);
                 lost += 1;
             }
         }
@@ -270,7 +273,7 @@ impl SendWindow {
     /// The kernel refused frame `pn`: it is lost at once.
     pub(crate) fn lose_one(&mut self, pn: u64, verdicts: &mut Verdicts) {
         if pn >= self.oldest && pn < self.next_pn && self.frame(pn).fate == Fate::InFlight {
-            self.lose(pn, false, verdicts);
+            self.lose(pn, Fate::Lost, false, verdicts);
             self.skip_settled();
         }
     }
@@ -290,6 +293,7 @@ impl SendWindow {
                 sums.spurious += 1;
                 self.reorder = (self.reorder * 2).min(REORDER_MAX);
             }
+            Fate::GivenUp => sums.spurious += 1,
         }
         self.frame_mut(pn).fate = Fate::Settled;
         if self.next_record.wrapping_sub(frame.first_record) as usize <= RECORDS_MAX {
@@ -306,11 +310,11 @@ impl SendWindow {
         sums
     }
 
-    fn lose(&mut self, pn: u64, counts: bool, verdicts: &mut Verdicts) {
+    fn lose(&mut self, pn: u64, fate: Fate, counts: bool, verdicts: &mut Verdicts) {
         let frame = *self.frame(pn);
         self.in_flight_bytes -= u64::from(frame.bytes);
         self.in_flight_frames -= 1;
-        self.frame_mut(pn).fate = Fate::Lost;
+        self.frame_mut(pn).fate = fate;
         self.copy_records(frame, |record| {
             verdicts.lost.push(Record { losses: record.losses.saturating_add(u8::from(counts)), ..record });
         });

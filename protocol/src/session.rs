@@ -24,10 +24,14 @@ use crate::wire::ethernet::Ethernet;
 use crate::wire::header::{FLAG_ACK_NOW, FLAG_CRC_TRAILER, HEADER_BYTES};
 use crate::wire::{Frame, Header, Kind, Message, Mode, crc_count, pad_to_8};
 
-/// The longest that a peer holds an ack back: what it does when it does not spin.
+/// The longest that a peer means to hold an ack back: what it does when it does not spin.
 const PEER_ACK_DELAY: Nanos = Nanos::from_micros(200);
 /// The probe timeout does not double beyond this.
 const PROBE_TIMEOUT_MAX: Nanos = Nanos::from_millis(10);
+/// A peer that holds acks back for longer (its processor is busy) is given up to this much time.
+const PATIENCE_MAX: Nanos = Nanos::from_millis(5);
+/// How often that patience shrinks by a quarter.
+const PATIENCE_EVERY: Nanos = Nanos::from_millis(100);
 /// Frames given up and sent again at a probe timeout.
 const PROBE_FRAMES: u32 = 2;
 /// How long sending rests after the link refused a frame, doubling up to the maximum.
@@ -120,6 +124,9 @@ pub(crate) struct Session {
     last_heard: Instant,
     last_asked: Instant,
     backoff: u32,
+    /// The longest that the peer held an ack back of late, and when that was decided.
+    patience: Nanos,
+    patience_at: Instant,
     loss_at: Option<Instant>,
     /// The next frame asks for an ack at once.
     ack_now: bool,
@@ -205,6 +212,8 @@ impl Session {
             last_heard: now,
             last_asked: now,
             backoff: 0,
+            patience: Nanos::ZERO,
+            patience_at: now,
             loss_at: None,
             ack_now: false,
             ping_alone: false,
@@ -249,7 +258,7 @@ impl Session {
 
     /// The probe timeout as it stands, doubled as often as it fired.
     pub(crate) fn probe_timeout(&self) -> Nanos {
-        let base = self.rtt.probe_timeout(PEER_ACK_DELAY);
+        let base = self.rtt.probe_timeout(PEER_ACK_DELAY.max(self.patience));
         base.times(1 << self.backoff.min(8)).min(PROBE_TIMEOUT_MAX).max(Nanos::from_micros(100))
     }
 
@@ -308,6 +317,7 @@ impl Session {
         stats.spurious_losses += u64::from(sums.spurious);
         if let Some(sent_at) = sums.largest_sent_at {
             let held = Nanos(u64::from(header.ack_delay) * 250);
+            self.learn_patience(now, held);
             self.rtt.sample(now, arrival.since(sent_at), held);
         }
         if sums.frames > 0 {
@@ -321,6 +331,16 @@ impl Session {
             };
             self.congestion.on_acked(now, acked, self.rtt.min(), self.rtt.smoothed());
             self.detect_lost(now, stats);
+        }
+    }
+
+    /// The peer says how long it held an ack back. When its processor is busy with others that is longer than it promised, and lasts longer
+    /// than round-trip samples remember: the longest of late counts, up to a limit, and fades.
+    fn learn_patience(&mut self, now: Instant, held: Nanos) {
+        if held > self.patience {
+            (self.patience, self.patience_at) = (held.min(PATIENCE_MAX), now);
+        } else if now.since(self.patience_at) >= PATIENCE_EVERY {
+            (self.patience, self.patience_at) = (Nanos(self.patience.0 * 3 / 4), now);
         }
     }
 

@@ -191,7 +191,7 @@ fn a_slot_is_used_again_only_after_its_answer() {
     let mut pair = open_pair(10, Wire { loss: 50, ..Wire::default() });
     pair.recorded = Some(Vec::new());
     for i in 0..200u64 {
-        pair.submit(Op::Write, i % 16 << 16, vec![i as u8; 20_000]);
+        pair.submit(Op::Write, (i % 16) << 16, vec![i as u8; 20_000]);
         assert!(pair.run_until_idle(Nanos::from_secs(2)));
     }
     let mut last = std::collections::HashMap::new();
