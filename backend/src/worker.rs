@@ -228,7 +228,7 @@ impl<L: Link> Worker<L> {
             if payload.losses >= crate::disk::PRIVATE_AFTER_LOSSES {
                 self.stats.private_copies.add(1);
             }
-            disk.add_payload(payload, copies, crcs, |run| frame.push_run(payload.at, run));
+            disk.add_payload(payload, copies, crcs, |run| frame.push_cut(payload.at, run));
         }
         for crc in crcs.iter() {
             frame.head.extend_from_slice(&crc.to_le_bytes());
@@ -237,7 +237,7 @@ impl<L: Link> Worker<L> {
             SealWith::Long => seal_long(&mut frame.head),
             SealWith::Session(sender, receiver) => seal_crc(Nonces { sender, receiver }, &mut frame.head),
         }
-        let len = frame.frame_bytes();
+        let len = frame.len();
         self.link.commit(FrameId { session: index as u32, pn: transmit.pn });
         self.stats.meter.frames_out.add(1);
         self.stats.meter.bytes_out.add(len as u64);

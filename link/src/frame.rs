@@ -34,6 +34,11 @@ impl Run {
         Run { start, len }
     }
 
+    /// Names memory that stays as it is for ever.
+    pub const fn of_static(bytes: &'static [u8]) -> Run {
+        Run { start: bytes.as_ptr(), len: bytes.len() }
+    }
+
     /// Address of the first byte.
     pub const fn start(&self) -> *const u8 {
         self.start
@@ -99,11 +104,6 @@ impl TxFrame {
         }
     }
 
-    /// The same under another name.
-    pub fn push_run(&mut self, at: usize, run: Run) {
-        self.push_cut(at, run);
-    }
-
     /// What was inserted, in order.
     pub fn cuts(&self) -> &[Cut] {
         &self.cuts
@@ -124,11 +124,6 @@ impl TxFrame {
     /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// The same as `len` under another name.
-    pub fn frame_bytes(&self) -> usize {
-        self.len()
     }
 
     /// Who it is to its sender, as said at [`FramePool::commit`].
@@ -223,20 +218,14 @@ impl FramePool {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// A run that is always good.
-    pub(crate) fn static_run(bytes: &'static [u8]) -> Run {
-        // SAFETY: static memory is readable for ever.
-        unsafe { Run::new(bytes.as_ptr(), bytes.len()) }
-    }
 
     #[test]
     fn runs_are_inserted_where_they_were_pushed() {
         let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
         for (at, bytes) in [(4, &b"AAA"[..]), (4, b"BB"), (7, b""), (10, b"AAA")] {
-            frame.push_cut(at, static_run(bytes));
+            frame.push_cut(at, Run::of_static(bytes));
         }
         let mut bytes = b"before ".to_vec();
         frame.gather(&mut bytes);
@@ -250,8 +239,8 @@ pub(crate) mod tests {
     #[should_panic(expected = "cuts in order")]
     fn a_cut_before_the_last_one_is_a_bug() {
         let mut frame = TxFrame { head: b"0123456789".to_vec(), ..TxFrame::default() };
-        frame.push_cut(4, static_run(b"a"));
-        frame.push_cut(3, static_run(b"b"));
+        frame.push_cut(4, Run::of_static(b"a"));
+        frame.push_cut(3, Run::of_static(b"b"));
     }
 
     #[test]
@@ -260,7 +249,7 @@ pub(crate) mod tests {
         for pn in 0..FRAMES_QUEUED_MAX as u64 {
             let frame = pool.next_free().unwrap();
             frame.head.push(1);
-            frame.push_cut(1, static_run(b"data"));
+            frame.push_cut(1, Run::of_static(b"data"));
             pool.commit(FrameId { session: 0, pn });
         }
         assert!(pool.next_free().is_none());

@@ -69,11 +69,6 @@ pub trait Link {
         None
     }
 
-    /// The same under another name.
-    fn wake_at(&self) -> Option<Instant> {
-        self.poll_timeout()
-    }
-
     /// True once after the link was opened anew: address and MTU may be others now. Sessions that were made with another address or a larger
     /// MTU are at their end: peers drop frames from an address they do not know.
     fn take_changed(&mut self) -> bool {

@@ -108,8 +108,7 @@ impl Link for MemoryLink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::FRAMES_QUEUED_MAX;
-    use crate::frame::tests::static_run;
+    use crate::{FRAMES_QUEUED_MAX, Run};
 
     fn send(link: &mut MemoryLink, bytes: &[u8], pn: u64) {
         link.frame().unwrap().head.extend_from_slice(bytes);
@@ -121,7 +120,7 @@ mod tests {
         let (mut a, mut b) = pair(1500);
         let frame = a.frame().unwrap();
         frame.head.extend_from_slice(b"headtail");
-        frame.push_cut(4, static_run(b"payload"));
+        frame.push_cut(4, Run::of_static(b"payload"));
         a.commit(FrameId::default());
         send(&mut a, b"second", 2);
         assert!(b.receive().is_none(), "nothing leaves before the flush");

@@ -182,8 +182,14 @@ fn two_processes_on_one_interface_have_numbers_of_their_own_and_get_their_own_fr
     assert_eq!(drain(&mut second_links[0]), [vec![2; 60], vec![3; 60]]);
     // A number comes back when its process ends.
     drop(second_links);
-    assert_eq!(open(&wire.b, 1).0, 1);
     drop(third_links);
+    drop(first_links);
+    // Not at once if a test beside this one forks meanwhile: its child holds our sockets until it runs another program.
+    let until = clock::now() + Nanos::from_secs(5);
+    while open(&wire.b, 1).0 != 0 {
+        assert!(clock::now() < until, "number 0 did not come back");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

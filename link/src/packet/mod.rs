@@ -169,11 +169,6 @@ impl PacketLink {
         }
     }
 
-    /// What to wait for: the same as [`AsFd`].
-    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.as_fd())
-    }
-
     /// The name of the interface.
     pub fn interface(&self) -> &str {
         &self.group.interface

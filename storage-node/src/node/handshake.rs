@@ -160,7 +160,7 @@ pub(super) fn transmit<L: Link, S: Store>(link: &mut L, node: &mut Node<S>) {
         long.emit(&mut frame.head);
         seal_long(&mut frame.head);
         node.meter.frames_out.add(1);
-        node.meter.bytes_out.add(frame.frame_bytes() as u64);
+        node.meter.bytes_out.add(frame.len() as u64);
         link.commit(FrameId { session: NO_SESSION, pn: 0 });
     }
 }

@@ -41,7 +41,7 @@ fn serve<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: Instant, plac
     while sent < SESSION_BYTES_MAX {
         let Some(frame) = link.frame() else { return true };
         let Some(pn) = write_frame(session, now, frame, &mut node.payloads) else { return false };
-        let bytes = frame.frame_bytes();
+        let bytes = frame.len();
         node.meter.frames_out.add(1);
         node.meter.bytes_out.add(bytes as u64);
         link.commit(FrameId { session: u32::from(index), pn });
@@ -81,6 +81,6 @@ fn insert_payload(session: &Session, frame: &mut TxFrame, payload: &PayloadRef) 
     let SlotBuffer::Read(buffer) = &session.buffers[payload.slot.index()] else { return false };
     let Some(bytes) = buffer.bytes().get(range.clone()) else { return false };
     append_payload_crcs(&mut frame.head, bytes);
-    frame.push_run(payload.at, buffer.run(range));
+    frame.push_cut(payload.at, buffer.run(range));
     true
 }
