@@ -54,8 +54,7 @@ fn receive_within(link: &mut PacketLink, span: Nanos) -> Option<(Vec<u8>, Instan
 
 /// Sends a frame whose data lies in pieces of `piece` bytes of `memory`, taken from its end to its start, with a byte of the head between.
 /// Returns what the frame must look like.
-#[allow(unsafe_code, reason = "runs of the test's own memory")]
-fn send_scattered(link: &mut PacketLink, to: MacAddress, memory: &[u8], piece: usize) -> Vec<u8> {
+fn send_scattered(link: &mut PacketLink, to: MacAddress, memory: &'static [u8], piece: usize) -> Vec<u8> {
     let from = link.address();
     let frame = link.frame().expect("room");
     frame.head.extend_from_slice(&header(to, from, Steer::new(0, 0)));
@@ -65,8 +64,7 @@ fn send_scattered(link: &mut PacketLink, to: MacAddress, memory: &[u8], piece: u
             frame.head.push(count as u8);
             expected.push(count as u8);
         }
-        // SAFETY: `memory` is borrowed beyond the flush below.
-        frame.push_cut(frame.head.len(), unsafe { Run::new(bytes.as_ptr(), bytes.len()) });
+        frame.push_cut(frame.head.len(), Run::of_static(bytes));
         expected.extend_from_slice(bytes);
     }
     link.commit(FrameId::default());
@@ -78,7 +76,7 @@ fn send_scattered(link: &mut PacketLink, to: MacAddress, memory: &[u8], piece: u
 
 #[test]
 fn foreign_memory_is_in_the_frame_where_it_was_named_both_ways_at_every_mtu() {
-    let memory: Vec<u8> = (0..65_000u32).map(|i| (i * 31 + i / 251) as u8).collect();
+    let memory: &'static [u8] = (0..65_000u32).map(|i| (i * 31 + i / 251) as u8).collect::<Vec<_>>().leak();
     for mtu in [1500, 9000, 65535] {
         let wire = VethPair::new(mtu);
         let (mut a, mut b) = (open_one(&wire.a), open_one(&wire.b));

@@ -29,20 +29,19 @@ fn parse(file: &Path) -> Vec<Record> {
     records
 }
 
-fn frame(len: usize, first: u8) -> Vec<u8> {
+/// Lives as long as the tests, as memory for runs must live long enough.
+fn frame(len: usize, first: u8) -> &'static [u8] {
     let mut bytes: Vec<u8> = (0..len).map(|i| (i as u8).wrapping_mul(7) ^ first).collect();
     bytes[12..14].copy_from_slice(&[0x88, 0xb5]);
-    bytes
+    bytes.leak()
 }
 
 /// Queues `bytes`, of which those from `from` to `to` are foreign memory.
-#[allow(unsafe_code, reason = "a run of the test's own memory")]
-fn put(link: &mut impl Link, bytes: &[u8], (from, to): (usize, usize), pn: u64) {
+fn put(link: &mut impl Link, bytes: &'static [u8], (from, to): (usize, usize), pn: u64) {
     let queued = link.frame().expect("room");
     queued.head.extend_from_slice(&bytes[..from]);
     queued.head.extend_from_slice(&bytes[to..]);
-    // SAFETY: every caller keeps `bytes` until it has flushed.
-    queued.push_cut(from, unsafe { Run::new(bytes[from..].as_ptr(), to - from) });
+    queued.push_cut(from, Run::of_static(&bytes[from..to]));
     link.commit(FrameId { session: 1, pn });
 }
 
@@ -57,7 +56,7 @@ fn what_was_sent_and_received_is_in_the_file_byte_for_byte() {
     let path = folder.path().join("a.pcap");
     near.inner().set_now(clock::now());
     let unseen = frame(60, 9);
-    put(&mut near, &unseen, (20, 30), 0);
+    put(&mut near, unseen, (20, 30), 0);
     near.flush(&mut Vec::new());
 
     let before = clock::wall_ns();
@@ -70,27 +69,23 @@ fn what_was_sent_and_received_is_in_the_file_byte_for_byte() {
     near.flush(&mut Vec::new());
     near.inner().set_now(clock::now());
     let received = frame(1514, 4);
-    near.inner().inject(received.clone());
+    near.inner().inject(received.to_vec());
     assert_eq!(near.receive().unwrap().bytes, received);
     let recorded = near.stop().unwrap();
     let after = clock::wall_ns();
     assert!(!near.is_on());
     assert_eq!(recorded, Recorded { frames: 4, left_out: 0 });
-    put(&mut near, &unseen, (20, 30), 2);
+    put(&mut near, unseen, (20, 30), 2);
     near.flush(&mut Vec::new());
 
     let records = parse(&path);
     let frames: Vec<&Vec<u8>> = records.iter().map(|(_, bytes)| bytes).collect();
-    assert_eq!(frames, [&sent[0], &sent[1], &sent[2], &received]);
+    assert_eq!(frames, [sent[0], sent[1], sent[2], received]);
     assert!(records.is_sorted_by_key(|(stamp, _)| *stamp));
     assert!(records.iter().all(|(stamp, _)| (before - 1_000_000..after + 1_000_000).contains(stamp)));
     let arrived: Vec<Vec<u8>> =
         std::iter::from_fn(|| far.receive().map(|frame| frame.bytes.to_vec())).collect();
-    assert_eq!(
-        arrived,
-        [&unseen, &sent[0], &sent[1], &sent[2], &unseen].map(Vec::clone),
-        "the wire sees no tap"
-    );
+    assert_eq!(arrived, [unseen, sent[0], sent[1], sent[2], unseen], "the wire sees no tap");
 }
 
 #[test]
@@ -100,11 +95,11 @@ fn a_refused_frame_is_not_in_the_file() {
     near.start(&path).unwrap();
     let (mut refused, bytes) = (vec![FrameId { session: 1, pn: 2 }], frame(60, 1));
     near.inner_mut().set_refuses(true);
-    put(&mut near, &bytes, (20, 30), 1);
+    put(&mut near, bytes, (20, 30), 1);
     near.flush(&mut refused);
     assert_eq!(refused.len(), 2);
     near.inner_mut().set_refuses(false);
-    put(&mut near, &bytes, (20, 30), 2);
+    put(&mut near, bytes, (20, 30), 2);
     near.flush(&mut refused);
     assert_eq!(near.stop().unwrap().frames, 1);
     assert_eq!(parse(&path).len(), 1);
@@ -116,7 +111,7 @@ fn a_frame_is_in_the_file_soon_although_no_other_follows() {
     let path = folder.path().join("a.pcap");
     near.start(&path).unwrap();
     let bytes = frame(60, 1);
-    put(&mut near, &bytes, (20, 30), 1);
+    put(&mut near, bytes, (20, 30), 1);
     near.flush(&mut Vec::new());
     let until = clock::now() + Nanos::from_secs(5);
     while std::fs::metadata(&path).unwrap().len() < 24 + 16 + 60 {
@@ -145,11 +140,11 @@ fn a_disk_that_is_full_ends_the_recording_and_nothing_else() {
     let until = clock::now() + Nanos::from_secs(20);
     while near.is_on() {
         assert!(clock::now() < until, "still on");
-        put(&mut near, &bytes, (54, 8192), 1);
+        put(&mut near, bytes, (54, 8192), 1);
         near.flush(&mut refused);
         assert_eq!(far.receive().unwrap().bytes, bytes);
     }
-    put(&mut near, &bytes, (54, 8192), 1);
+    put(&mut near, bytes, (54, 8192), 1);
     near.flush(&mut refused);
     assert_eq!(far.receive().unwrap().bytes, bytes);
     assert!(refused.is_empty());
@@ -169,7 +164,7 @@ fn a_disk_that_is_too_slow_costs_frames_in_the_file_and_not_on_the_link() {
     let bytes = frame(65000, 1);
     // 8 chunks of 512 KiB wait, one is being written and one filled: 80 frames and then no more.
     for pn in 0..200 {
-        put(&mut near, &bytes, (54, 8192), pn);
+        put(&mut near, bytes, (54, 8192), pn);
         near.flush(&mut Vec::new());
         assert_eq!(far.receive().unwrap().bytes.len(), 65000);
     }

@@ -3,9 +3,11 @@
 //! Does not know what is sent over them. Names carry the process id and a counter, so that tests of several processes run side by side.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -63,12 +65,9 @@ impl Namespace {
     ///
     /// # Panics
     /// If that is not allowed.
-    #[allow(unsafe_code, reason = "setns has no safe form in the standard library")]
     pub(crate) fn enter_here(&self) {
         let file = File::open(format!("/run/netns/{}", self.name)).expect("the namespace was made");
-        // SAFETY: takes a descriptor that is open and no pointer; concerns the calling thread alone.
-        let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-        assert_eq!(result, 0, "setns: {}", std::io::Error::last_os_error());
+        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may enter");
     }
 }
 
