@@ -53,7 +53,7 @@ impl Request {
     /// The bytes of the volume that the request changes.
     fn changes(&self) -> (u64, u64) {
         let bytes = u64::from(self.len) * if self.op.length_in_sectors() { SECTOR_BYTES as u64 } else { 1 };
-        (self.offset, self.offset + bytes)
+        (self.offset, self.offset.saturating_add(bytes))
     }
 
     fn data_bytes(&self) -> u32 {

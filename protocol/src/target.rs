@@ -271,26 +271,28 @@ impl Target {
     /// The buffers that the writes beginning in this frame need: slot and bytes. If one cannot be had the frame must be dropped: it is not
     /// acked, and comes again.
     pub fn buffers_wanted(&self, frame: &Frame<'_>, wanted: &mut Vec<(Slot, u32)>) {
+        let mut credit_used = self.credit_used;
         for Payload { message, .. } in frame.messages() {
             let data = message.carries_data() && message.kind != Kind::ReadData;
-            if data && self.is_new_write(&message) && wanted.iter().all(|(slot, _)| *slot != message.slot) {
+            let first = wanted.iter().all(|(slot, _)| *slot != message.slot);
+            if data && first && self.is_new_write(&message, credit_used) {
                 wanted.push((message.slot, message.mlen));
+                credit_used = credit_used.wrapping_add(sectors(message.mlen));
             }
         }
     }
 
-    fn is_new_write(&self, message: &Message) -> bool {
+    fn is_new_write(&self, message: &Message, credit_used: u32) -> bool {
         let Some(slot) = self.slots.get(message.slot.index()).filter(|_| message.slot != CONTROL_SLOT) else {
             return false;
         };
         let next = message.sseq == slot.last.wrapping_add(1)
             && !matches!(slot.state, State::Receiving | State::Running);
-        next && self.write_is_allowed(message.mlen)
+        next && self.write_is_allowed(message.mlen, credit_used)
     }
 
-    fn write_is_allowed(&self, len: u32) -> bool {
-        let units = len.div_ceil(SECTOR_BYTES as u32);
-        len >= 1 && len as usize <= REQUEST_BYTES_MAX && self.credit.wrapping_sub(self.credit_used) >= units
+    fn write_is_allowed(&self, len: u32, credit_used: u32) -> bool {
+        len >= 1 && len as usize <= REQUEST_BYTES_MAX && self.credit.wrapping_sub(credit_used) >= sectors(len)
     }
 
     /// Takes a frame whose seal was right. The caller copies the placements into the slots' buffers before it takes the next frame.
@@ -365,7 +367,7 @@ impl Target {
         let is_control = matches!(op, Op::Open | Op::Release | Op::Stat);
         let legal = match op {
             Op::Read => message.mlen >= 1 && message.mlen as usize <= REQUEST_BYTES_MAX,
-            Op::Write => self.write_is_allowed(message.mlen),
+            Op::Write => self.write_is_allowed(message.mlen, self.credit_used),
             Op::Discard | Op::WriteZeroes => message.mlen >= 1,
             Op::Flush | Op::Release | Op::Stat | Op::Open => message.mlen == 0,
         };
@@ -389,7 +391,7 @@ impl Target {
             Op::Write => {
                 slot.state = State::Receiving;
                 slot.pieces.reset(grid.count(message.mlen));
-                self.credit_used = self.credit_used.wrapping_add(message.mlen.div_ceil(SECTOR_BYTES as u32));
+                self.credit_used = self.credit_used.wrapping_add(sectors(message.mlen));
             }
             Op::Open => {
                 if let Some(request) = open {
@@ -470,7 +472,7 @@ impl Target {
                 state.free_queued = true;
                 self.events.push_back(Event::Free { slot });
             }
-            Op::Write => self.credit = self.credit.wrapping_add(state.len.div_ceil(SECTOR_BYTES as u32)),
+            Op::Write => self.credit = self.credit.wrapping_add(sectors(state.len)),
             Op::Flush | Op::Discard | Op::WriteZeroes | Op::Open | Op::Release | Op::Stat => {}
         }
         self.answers.push_back(slot);
@@ -570,4 +572,9 @@ impl Target {
         self.session.publish(&mut stats);
         stats
     }
+}
+
+/// Write credit that `bytes` of data need.
+fn sectors(bytes: u32) -> u32 {
+    bytes.div_ceil(SECTOR_BYTES as u32)
 }
