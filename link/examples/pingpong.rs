@@ -27,7 +27,9 @@ const HEAD_BYTES: usize = 64;
 const SIZES: [usize; 2] = [64, 4300];
 const ROUNDS: usize = 20_000;
 const ROUNDS_ASLEEP: usize = 5_000;
-const ONE_WAY: Nanos = Nanos::from_secs(1);
+/// The best of so many slices is shown: other work on the machine spoils some.
+const SLICES: usize = 8;
+const SLICE: Nanos = Nanos::from_millis(200);
 
 static DATA: [u8; MTU] = [0x5a; MTU];
 
@@ -45,15 +47,16 @@ fn main() {
     }
     println!("\n{:>8}  {:>12}  {:>10}  {:>10}  {:>10}", "bytes", "one way", "k sent/s", "k came/s", "MB/s");
     for bytes in SIZES {
-        for tapped in [false, true] {
-            let (sent, came) = one_way(&wire, bytes, tapped);
-            let name = if tapped { "sender taps" } else { "plain" };
-            let megabytes = came as f64 * bytes as f64 / 1e6;
-            println!(
-                "{bytes:>8}  {name:>12}  {:>10.0}  {:>10.0}  {megabytes:>10.0}",
-                sent as f64 / 1e3,
-                came as f64 / 1e3
-            );
+        let mut best = [(0, 0); 2];
+        for slice in 0..2 * SLICES {
+            let tapped = slice % 2 == 1;
+            best[slice % 2] = best[slice % 2].max(one_way(&wire, bytes, tapped));
+        }
+        for (name, (came, sent)) in ["plain", "sender taps"].into_iter().zip(best) {
+            let per_second = |frames: u64| frames as f64 * 1e9 / SLICE.0 as f64;
+            let (sent, came) = (per_second(sent), per_second(came));
+            let megabytes = came * bytes as f64 / 1e6;
+            println!("{bytes:>8}  {name:>12}  {:>10.0}  {:>10.0}  {megabytes:>10.0}", sent / 1e3, came / 1e3);
         }
     }
 }
@@ -147,7 +150,7 @@ fn round_trips(wire: &VethPair, bytes: usize, asleep: bool) -> Vec<u64> {
     })
 }
 
-/// Frames sent and received in a second, in batches of as many as a link takes.
+/// Frames received and sent in a slice, in batches of as many as a link takes.
 fn one_way(wire: &VethPair, bytes: usize, tapped: bool) -> (u64, u64) {
     let (ended, ready, came) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU64::new(0));
     let sent = std::thread::scope(|scope| {
@@ -173,14 +176,14 @@ fn one_way(wire: &VethPair, bytes: usize, tapped: bool) -> (u64, u64) {
                 while !ready.load(Ordering::Acquire) {
                     std::thread::yield_now();
                 }
-                let sent = flood(&mut link, bytes, clock::now() + ONE_WAY);
+                let sent = flood(&mut link, bytes, clock::now() + SLICE);
                 ended.store(true, Ordering::Relaxed);
                 sent
             })
         });
         sending.join().expect("no panic")
     });
-    (sent, came.load(Ordering::Relaxed))
+    (came.load(Ordering::Relaxed), sent)
 }
 
 fn flood(link: &mut impl Link, bytes: usize, until: Instant) -> u64 {
