@@ -2,8 +2,9 @@
 //! time; when off it costs one branch per call.
 //!
 //! Knows the pcap format (draft-ietf-opsawg-pcap) and nothing of what is in a frame. Stands anywhere among the layers of a worker's link and
-//! records what passes there. A thread of its own writes the file: the worker copies each frame into a chunk in memory (about 0.1 µs for a small
-//! frame, 0.5 µs for one of 8 KiB) and never waits for the disk; frames for which no chunk is free are left out and counted.
+//! records what passes there. A thread of its own writes the file: the worker copies each frame into a chunk in memory and never waits for the
+//! disk; frames for which no chunk is free are left out and counted. The copy costs 30 ns for a small frame, 0.1 µs for one of 8 KiB received and
+//! 0.15 µs for one sent (measured with everything in cache).
 
 use std::fs::File;
 use std::io::{self, Write};

@@ -173,8 +173,8 @@ fn arrivals_never_go_back_and_are_of_now() {
         for _ in 0..8 {
             let (_, arrival) = receive_within(&mut b, Nanos::from_secs(1)).expect("a frame");
             assert!(arrival >= last && arrival <= clock::now(), "round {round}");
-            // On a veth the frame arrives while it is sent; 3 ms for a machine that has other things to do.
-            let (earliest, latest) = (before.0 - 50_000, after.0 + 3_000_000);
+            // On a veth the frame arrives while it is sent; 50 ms for a kernel thread that has to wait for its turn on a busy machine.
+            let (earliest, latest) = (before.0 - 50_000, after.0 + 50_000_000);
             assert!((earliest..latest).contains(&arrival.0), "{arrival:?} is not in {before:?} to {after:?}");
             last = arrival;
         }
