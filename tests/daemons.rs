@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use cirro_ctl::client;
-use cirro_ctl::report::{BackendReport, NodeReport, Report};
+use cirro_ctl::report::{BackendReport, NodeReport, Report, WorkerCounters};
 use cirro_ctl::request::Request;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -228,6 +228,19 @@ impl Daemon {
             Ok(Report::Backend(report)) => report,
             other => panic!("{}: not a backend's report: {other:?}", self.name),
         }
+    }
+
+    /// What each of its workers counted, whichever daemon it is.
+    ///
+    /// # Panics
+    /// It does not answer.
+    pub fn workers(&self) -> Vec<WorkerCounters> {
+        let workers = match self.report() {
+            Ok(Report::Node(report)) => report.workers,
+            Ok(Report::Backend(report)) => report.workers,
+            Err(error) => panic!("{}: {error}", self.name),
+        };
+        workers.into_iter().filter_map(|worker| worker.counters).collect()
     }
 
     fn signal(&self, signal: Signal) {

@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What each is for: e2e (namespaces, loss), dissector, lint; g++ builds the fuzzing engine.
-packages=(iproute2 ethtool nftables kmod tshark shellcheck g++)
+# What each is for: e2e (namespaces, loss, the slow disk, a back-end that others wrote), dissector, lint; g++ builds the fuzzing engine.
+packages=(iproute2 ethtool nftables kmod e2fsprogs util-linux procps qemu-system-common tshark shellcheck g++)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -61,13 +61,19 @@ fn record(socket: &PacketSocket, stop: &AtomicBool) -> Vec<Vec<u8>> {
     }
 }
 
-/// Sends frames as they are from a machine, oldest first.
+/// Frames that are replayed in one go; a pause follows, so that the receivers' rings do not run over.
+const BURST: usize = 16;
+
+/// Sends frames as they are from a machine, oldest first, at no more than 16 a millisecond.
 ///
 /// # Panics
 /// The kernel refuses one for good.
 pub fn replay(machine: &Machine, frames: &[Vec<u8>]) {
     let socket = socket(machine);
-    for frame in frames {
+    for (index, frame) in frames.iter().enumerate() {
+        if index % BURST == BURST - 1 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let mut tries = 0;
         while let Err(error) = socket.send(frame) {
             let full =

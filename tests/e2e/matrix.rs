@@ -5,6 +5,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use cirro_ctl::report::{Link, Session};
+use cirro_tests::daemons::Daemon;
 use cirro_tests::frontend::Outcome;
 use cirro_tests::loss;
 use cirro_tests::verify::{Mix, Size, Verifier};
@@ -73,6 +75,34 @@ fn add(sum: &mut Option<Outcome>, run: Outcome) {
     }
 }
 
+/// What both ends lost since they started, and why.
+fn losses(rig: &Rig) -> String {
+    let node = rig.node.node_report();
+    let ring =
+        |links: &[Link]| links.iter().filter_map(|link| link.counters.as_ref()).map(|c| c.ring_drops).sum();
+    let rings: [u64; 2] = [ring(&rig.backend.backend_report().links), ring(&node.links)];
+    let session = |session: Option<&Session>| {
+        let c = session.and_then(|session| session.counters.clone()).unwrap_or_default();
+        format!(
+            "{} sent, {} lost, {} of them wrongly, {} probes, {} refused by the link, \
+             {} messages came twice",
+            c.frames_sent,
+            c.frames_lost,
+            c.spurious_losses,
+            c.probe_timeouts,
+            c.frames_refused,
+            c.duplicate_messages
+        )
+    };
+    let (backend, node) = (session(Some(&rig.session())), session(node.sessions.first()));
+    let dropped = |daemon: &Daemon| -> Vec<_> { daemon.workers().into_iter().map(|c| c.dropped).collect() };
+    let (by_backend, by_node) = (dropped(&rig.backend), dropped(&rig.node));
+    format!(
+        "backend: {backend}; ring dropped {}, worker {by_backend:?}\n  and node: {node}; ring dropped {}, worker {by_node:?}",
+        rings[0], rings[1]
+    )
+}
+
 /// Two runs without loss and two at 1 %, taking turns, then one at 5 %, then a look at every sector. Gives a complaint about the worst request.
 fn run(rig: &Rig, verifier: &mut Verifier, case: Case) -> Option<String> {
     let start = Instant::now();
@@ -89,11 +119,11 @@ fn run(rig: &Rig, verifier: &mut Verifier, case: Case) -> Option<String> {
     println!("{case:?}: {:.1} s of {} s", took.as_secs_f64(), CASE_MAX.as_secs());
     let [free, one, five] = sums.map(|sum| sum.expect("each kind ran"));
     for (name, outcome) in [("no loss", &free), ("1 % loss", &one), ("5 % loss", &five)] {
-        println!("  {name:<8} {}", outcome.line());
+        println!("  {name:<8} {}\n{}", outcome.line(), outcome.histogram_lines().trim_end());
     }
+    println!("  so far: {}", losses(rig));
     assert!(took < CASE_MAX, "{case:?} took {took:?}");
     if one.worst() > free.worst() + LOSS_COST_MAX {
-        println!("  without loss:\n{}  at 1 %:\n{}", free.histogram_lines(), one.histogram_lines());
         return Some(format!("{case:?}: worst {:?} at 1 % loss, {:?} without", one.worst(), free.worst()));
     }
     None

@@ -25,23 +25,17 @@ fn short(frames: &[Vec<u8>]) -> u64 {
     frames.iter().filter(|frame| frame[14] & 0x10 == 0).count() as u64
 }
 
-fn dropped_by_node(node: &Daemon) -> u64 {
-    let workers = node.node_report().workers;
-    workers.iter().flat_map(|worker| worker.counters.as_ref().unwrap().dropped.values()).sum()
-}
-
-fn dropped_by_backend(backend: &Daemon) -> u64 {
-    let workers = backend.backend_report().workers;
-    workers.iter().flat_map(|worker| worker.counters.as_ref().unwrap().dropped.values()).sum()
+fn dropped(daemon: &Daemon) -> u64 {
+    daemon.workers().iter().flat_map(|counters| counters.dropped.values()).sum()
 }
 
 /// Plays every old frame again from the machine that sent it, while the disk is in use, and judges the disk.
 fn replay_under_load(rig: &Rig, recorded: &Recorded, verifier: &mut Verifier) {
-    let before = (dropped_by_node(&rig.node), dropped_by_backend(&rig.backend));
+    let before = (dropped(&rig.node), dropped(&rig.backend));
     std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
             let mut front_end = connect(&rig.scratch, "backend", SHAPE);
-            judge(verifier, &mut front_end, Size::Fixed(4096), Mix::ReadWrite, Duration::from_millis(1500));
+            judge(verifier, &mut front_end, Size::Fixed(4096), Mix::ReadWrite, Duration::from_millis(2500));
             must(verifier.check_all(&mut front_end));
         });
         std::thread::sleep(Duration::from_millis(300));
@@ -49,8 +43,8 @@ fn replay_under_load(rig: &Rig, recorded: &Recorded, verifier: &mut Verifier) {
         replay(rig.lab.store(), &recorded.at_host);
         guest.join().expect("the disk is right");
     });
-    let node = dropped_by_node(&rig.node) - before.0;
-    let backend = dropped_by_backend(&rig.backend) - before.1;
+    let node = dropped(&rig.node) - before.0;
+    let backend = dropped(&rig.backend) - before.1;
     let (to_node, to_backend) = (short(&recorded.at_store), short(&recorded.at_host));
     println!("dropped: node {node} of {to_node}, backend {backend} of {to_backend} old frames");
     assert!(node >= to_node, "the node counted {node} drops for {to_node} old frames");
