@@ -311,6 +311,7 @@ mod tests {
         assert_eq!(memory().crc32c(&[], 0, 0).unwrap(), cirro_seal::crc32c(&[]));
     }
 
+    /// P-99: what the guest writes later is not in the copy.
     #[test]
     fn a_private_copy_does_not_follow_the_guest() {
         let memory = memory();

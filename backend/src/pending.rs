@@ -378,6 +378,7 @@ mod tests {
         parts
     }
 
+    /// P-55: a request larger than a slot takes becomes several, and the guest sees one.
     #[test]
     fn a_large_read_is_cut_into_slots_and_ends_once() {
         let mut pending = Pending::default();

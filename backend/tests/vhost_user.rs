@@ -339,6 +339,7 @@ fn a_front_end_that_comes_back_finds_the_same_disk() {
     assert_eq!(again.ring.read(DATA, 4096), pattern(4, 4096));
 }
 
+/// P-94: the ring is looked at when it starts.
 #[test]
 fn requests_made_available_before_the_start_need_no_kick() {
     let backend = Backend::start("early");
@@ -363,6 +364,7 @@ fn a_disabled_ring_is_not_served_and_goes_on_when_it_is_enabled() {
     assert_eq!(guest.wait(1)[0].status, 0);
 }
 
+/// P-95: the same, seen by the front-end.
 #[test]
 fn a_stop_with_a_silent_node_is_answered_in_about_two_seconds() {
     let backend = Backend::start("stop");

@@ -260,6 +260,7 @@ fn a_ring_that_stops_waits_for_its_requests() {
     assert!(ring.used().is_empty(), "a stopped ring is not served");
 }
 
+/// P-95: the deadline, the answer of used_idx + live entries, and the same ring again.
 #[test]
 fn a_stop_gives_up_after_two_seconds_and_the_ring_goes_on_where_it_stopped() {
     let (mut rig, mut ring) = Rig::ready(9000);
@@ -299,6 +300,7 @@ fn a_stop_gives_up_after_two_seconds_and_the_ring_goes_on_where_it_stopped() {
     assert_eq!(rig.node.image[32 * 512..][..4096], pattern(10, 4096));
 }
 
+/// P-95: another ring discards what the last one left.
 #[test]
 fn a_ring_that_began_anew_does_not_get_the_old_rings_requests() {
     let (mut rig, mut ring) = Rig::ready(9000);
@@ -318,6 +320,7 @@ fn a_ring_that_began_anew_does_not_get_the_old_rings_requests() {
     assert_eq!(used.status, 0);
 }
 
+/// P-98: a request whose region is gone ends, and nothing of it is touched.
 #[test]
 fn memory_that_goes_away_ends_its_requests_without_a_write() {
     let (mut rig, mut ring) = Rig::ready(9000);
@@ -391,6 +394,7 @@ fn frames_that_are_not_ours_change_nothing_and_are_counted() {
     assert_eq!(rig.one(&mut ring, (0, 0), DATA, 512).status, 0);
 }
 
+/// P-99
 #[test]
 fn a_piece_that_was_lost_twice_is_sent_from_a_private_copy() {
     let (mut rig, mut ring) = Rig::ready(9000);

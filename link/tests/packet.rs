@@ -142,6 +142,7 @@ fn a_full_queue_ends_at_64_frames_and_many_flushes_lose_nothing() {
     assert_eq!(expected, 3200);
 }
 
+/// P-32 P-33: what names no worker of ours is dropped; LONG frames pass whatever process they name.
 #[test]
 fn the_fan_out_brings_each_frame_to_the_worker_that_its_steer_names() {
     let wire = VethPair::new(1500);
@@ -164,6 +165,7 @@ fn the_fan_out_brings_each_frame_to_the_worker_that_its_steer_names() {
     assert_eq!(drain(&mut workers[1]), Vec::<Vec<u8>>::new());
 }
 
+/// P-32 P-34: numbers are claimed from 0 on; short frames reach the process that they name, LONG frames every one.
 #[test]
 fn two_processes_on_one_interface_have_numbers_of_their_own_and_get_their_own_frames() {
     let wire = VethPair::new(1500);
@@ -426,6 +428,7 @@ fn errors_of_opening_say_what_is_wrong_with_what() {
     assert!(error.to_string().contains("wire0 has MTU 1400"), "{error}");
 }
 
+/// P-34: a number that another holds is never taken, and the one that is free is found.
 #[test]
 fn the_sixty_fifth_process_is_told_that_no_number_is_left() {
     let wire = VethPair::new(1500);

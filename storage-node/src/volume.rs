@@ -449,6 +449,7 @@ mod tests {
         path
     }
 
+    /// P-85: the lock is on the open file description that I/O uses, and lives as long as anything that does I/O has it.
     #[test]
     fn a_volume_is_locked_by_who_has_it_open_and_free_when_that_is_closed() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
@@ -469,6 +470,7 @@ mod tests {
         assert!(!Volume::open(&spec(&path, "")).unwrap().try_lock().unwrap());
     }
 
+    /// P-85: the same file twice is refused.
     #[test]
     fn the_same_file_under_another_name_is_refused() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();

@@ -81,6 +81,7 @@ fn many_requests_at_once_end_once_each_and_leave_no_buffer_behind() {
     assert_eq!(segment.worker.pool_bytes_used(), (0, 0));
 }
 
+/// P-69: EINVAL for what is outside or no multiple of the block size; the store never hears of it.
 #[test]
 fn a_request_outside_the_volume_or_its_blocks_is_invalid_and_touches_nothing() {
     let mut segment = opened("");
@@ -100,7 +101,7 @@ fn a_request_outside_the_volume_or_its_blocks_is_invalid_and_touches_nothing() {
     assert_eq!(segment.worker.pool_bytes_used(), (0, 0));
 }
 
-/// P-82
+/// P-69 P-82: EROFS for every change; the owner stays as it was.
 #[test]
 fn who_opened_for_reading_cannot_write_and_owns_nothing() {
     let mut segment = Segment::new("");
@@ -227,6 +228,7 @@ fn overlapping_writes_reach_the_store_one_after_the_other() {
     assert_eq!(written(&segment, 0, 2048), bytes, "as if they had been written in order");
 }
 
+/// P-69: another handle never reaches the store.
 #[test]
 fn a_write_with_another_handle_touches_nothing() {
     let mut segment = Segment::new("");
@@ -284,6 +286,7 @@ fn a_write_for_which_there_is_no_buffer_is_done_when_there_is_one() {
     assert!(!segment.guests[0].events.iter().any(|event| matches!(event, Event::Lost(_))), "in one session");
 }
 
+/// P-87: after an EIO every later flush fails, and the disk is not asked again.
 #[test]
 fn a_failed_flush_is_never_forgotten() {
     let mut segment = opened("");
@@ -297,6 +300,7 @@ fn a_failed_flush_is_never_forgotten() {
     assert_eq!(segment.ask(0, Op::Write, 0, vec![1; 512]).0, Status::Ok);
 }
 
+/// P-88: what the store did not do is not answered OK.
 #[test]
 fn errors_of_the_store_are_told_and_cost_no_buffer() {
     let mut segment = opened("");
@@ -445,7 +449,7 @@ fn a_confirmed_newer_session_ends_the_older_of_its_attachment() {
     assert!(segment.guests[0].events.contains(&superseded), "{:?}", segment.guests[0].events);
 }
 
-/// P-71 P-100
+/// P-100: a volume that is not here is answered EACCES and nothing more is said of it.
 #[test]
 fn questions_are_answered_for_volumes_that_are_served_and_for_no_others() {
     let mut segment = Segment::new("");

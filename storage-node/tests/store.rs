@@ -254,6 +254,7 @@ fn a_read_past_the_end_is_an_error_with_numbers() {
     }
 }
 
+/// P-88: a write that was done in part is an error.
 #[test]
 fn a_full_file_system_is_told_with_its_error_number() {
     let dir = tempfile::tempdir().unwrap();
