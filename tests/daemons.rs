@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 use std::time::{Duration, Instant};
 
 use cirro_ctl::client;
@@ -15,8 +15,10 @@ use cirro_ctl::request::Request;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::netns::{INTERFACE, Machine, Namespace, output};
+use crate::netns::{INTERFACE, Machine, Namespace, PREFIX, left_over, output};
 
+/// Where folders for tests lie: in memory.
+const SHARED_MEMORY: &str = "/dev/shm";
 /// How long a daemon may take until it serves.
 const START_MAX: Duration = Duration::from_secs(20);
 /// How long a daemon may take to end after SIGTERM.
@@ -49,7 +51,7 @@ fn build() -> PathBuf {
     let target =
         profile.and_then(Path::parent).expect("a test lies in target/debug or target/release").to_owned();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the work tree");
-    let mut cargo = Command::new(option_env!("CARGO").unwrap_or("cargo"));
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root).args(["build", "--release", "--locked", "--quiet", "--bins"]);
     cargo.args(["-p", "cirro-node", "-p", "cirro-backend", "-p", "cirro-ctl"]);
     output(cargo.arg("--target-dir").arg(&target), "cargo build --release of the daemons");
@@ -69,7 +71,14 @@ impl Scratch {
     /// There is no /dev/shm.
     #[allow(clippy::new_without_default, reason = "it makes a folder")]
     pub fn new() -> Scratch {
-        let folder = tempfile::Builder::new().prefix("cirrotest-").tempdir_in("/dev/shm");
+        static LEFT_OVER: Once = Once::new();
+        LEFT_OVER.call_once(|| {
+            for path in left_over(SHARED_MEMORY) {
+                let _ = std::fs::remove_dir_all(path);
+            }
+        });
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(SHARED_MEMORY);
         Scratch { folder: folder.expect("/dev/shm is there") }
     }
 

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys;
 
-const PREFIX: &str = "cirrotest-";
+/// With the process id after it, what every name of ours on this machine begins with.
+pub(crate) const PREFIX: &str = "cirrotest-";
 /// The name of the one interface that each machine has.
 pub const INTERFACE: &str = "wire0";
 
@@ -181,14 +182,20 @@ fn machine(index: usize, label: &str) -> Machine {
 
 /// Removes the namespaces of test processes that are gone.
 fn remove_left_over() {
-    let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
-        if process.is_some_and(|process| !PathBuf::from("/proc").join(process).exists()) {
-            remove(&name);
-        }
+    for path in left_over("/run/netns") {
+        remove(&path.file_name().unwrap_or_default().to_string_lossy());
     }
+}
+
+/// What test processes that are gone have left in a folder.
+pub(crate) fn left_over(folder: &str) -> Vec<PathBuf> {
+    let gone = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        process.is_some_and(|process| !PathBuf::from("/proc").join(process).exists())
+    };
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(gone).collect()
 }
 
 fn remove(name: &str) {
