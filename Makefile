@@ -23,7 +23,7 @@ fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))
 
 bench: ## Measure, beside other ways to the same disk; writes docs/PERFORMANCE.md.
-	cargo run --release --locked -p cirro-tests --bin cirro-bench
+	tests/bench/run.sh
 
 doc: ## Build the API documentation of our crates.
 	cargo doc --workspace --no-deps --document-private-items --locked

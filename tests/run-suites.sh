@@ -21,7 +21,7 @@ suites=(
     'dissector|20|cargo test -p cirro-tests --test dissector --locked'
     'fuzz|120|tests/fuzz/run.sh build'
     'e2e|400|cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
-    'guest|200|qemu/guest-test.sh'
+    'guest|200|qemu/guest-test.sh && qemu/guest-test.sh --loss 1 --vcpus 4 && qemu/guest-test.sh --mtu 1500'
 )
 
 passed=0
