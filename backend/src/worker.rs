@@ -19,8 +19,8 @@ use crate::guest_memory::PrivateCopies;
 use crate::mailbox::{DiskId, Inbox};
 use crate::stats::{Drop, WorkerStats};
 
-/// Frames taken from the link in a turn: what a 1 MiB request brings at the smallest piece is 768; a turn stays below a millisecond with fewer.
-pub const FRAMES_PER_TURN_MAX: usize = 256;
+/// Frames taken from the link in a turn: acks leave at its end, and at most 48 frames may lie between two (docs/PROTOCOL.md, P-37).
+pub const FRAMES_PER_TURN_MAX: usize = 48;
 /// Handshake frames looked at in a turn.
 pub const LONG_PER_TURN_MAX: usize = 16;
 /// Bytes a session may send in a turn before the next one has its chance.

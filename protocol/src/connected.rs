@@ -218,7 +218,10 @@ impl Connected {
             (Op::Release, Status::Ok, _) => self.held = Some(Access::ReadOnly),
             (_, status, info) => {
                 let info = info.unwrap_or_default();
-                self.info.vol_epoch = info.vol_epoch;
+                if control.op == Op::Open && self.held.is_none_or(|held| held == Access::ReadOnly) {
+                    // The holder's epoch, which a take-over has to name.
+                    self.info.vol_epoch = info.vol_epoch;
+                }
                 self.control_at = Some(now + OPEN_PAUSE);
                 events.push_back(Event::Refused(status, info));
             }
@@ -233,8 +236,8 @@ impl Connected {
         for record in self.session.verdicts.lost.drain(..) {
             suspect |= record.losses >= LOSSES_MAX && matches!(record.what, What::WriteData | What::Request);
             match &mut self.control {
-                Some(control) if record.slot == CONTROL_SLOT => {
-                    (control.queued, control.losses) = (record.sseq == self.control_sseq, record.losses);
+                Some(control) if record.slot == CONTROL_SLOT && record.sseq == self.control_sseq => {
+                    (control.queued, control.losses) = (true, record.losses);
                 }
                 _ if record.slot == CONTROL_SLOT => {}
                 _ => requests.lost(record),
@@ -278,26 +281,26 @@ impl Connected {
 
     pub(crate) fn poll_timeout(&self, idle: bool) -> Option<Instant> {
         let ping_at = (self.session.last_heard() + self.silence(idle)).max(self.ping_at);
-        let probe = self.probe.map(|probe| probe.next_at());
-        [self.session.poll_timeout(), Some(ping_at), probe, self.widen_at, self.control_at]
-            .into_iter()
-            .flatten()
-            .min()
+        let tries = match self.probe {
+            Some(probe) => [Some(probe.next_at()), None],
+            None => [self.widen_at, self.control_at],
+        };
+        let own = tries.into_iter().flatten().chain([ping_at]).min().map(|at| self.session.after_rest(at));
+        [self.session.poll_timeout(), own].into_iter().flatten().min()
     }
 
     /// Decides whether OPEN or RELEASE must leave.
-    pub(crate) fn drive_control(&mut self, now: Instant, wanted: Access, take_over: &mut bool) {
-        if self.control.is_some()
-            || self.probe.is_some()
-            || self.held == Some(wanted)
-            || self.control_at.is_some_and(|at| at > now)
-        {
+    pub(crate) fn drive_control(&mut self, now: Instant, wanted: Access, take_over: bool) {
+        if self.control_at.is_some_and(|at| at > now) {
             return;
         }
         self.control_at = None;
+        if self.control.is_some() || self.probe.is_some() || self.held == Some(wanted) {
+            return;
+        }
         let op = if self.held.is_some() && wanted == Access::ReadOnly { Op::Release } else { Op::Open };
         let named = self.info.vol_epoch != 0 && wanted == Access::ReadWrite && op == Op::Open;
-        let take_over = (named && core::mem::take(take_over)).then_some(self.info.vol_epoch);
+        let take_over = (named && take_over).then_some(self.info.vol_epoch);
         self.control_sseq = self.control_sseq.wrapping_add(1);
         let open = OpenRequest { access: wanted, take_over };
         self.control = Some(Control { op, open, queued: true, losses: 0 });
@@ -325,7 +328,9 @@ impl Connected {
         if let Some(frame_bytes) = self.probe_due(now) {
             return Some(self.transmit_probe(now, frame_bytes, head, payloads, stats));
         }
-        let open = self.probe.is_none() && self.held.is_some_and(|held| held >= wanted);
+        // While RELEASE is on its way the epoch may end any moment: nothing is issued under it.
+        let open =
+            self.probe.is_none() && self.control.is_none() && self.held.is_some_and(|held| held >= wanted);
         let control_due = self.control.is_some_and(|control| control.queued);
         if !(control_due || self.session.must_send(now) || (open && requests.has_work())) {
             return None;

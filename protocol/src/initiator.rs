@@ -436,7 +436,7 @@ impl Initiator {
         let (address, steer, volume) = (self.config.address, self.config.steer, self.config.volume);
         let (destination, to_steer, body) = match &mut self.phase {
             Phase::Connected(connected) => {
-                connected.drive_control(now, self.wanted, &mut self.take_over);
+                connected.drive_control(now, self.wanted, self.take_over);
                 return connected.transmit(
                     now,
                     self.wanted,
@@ -468,7 +468,12 @@ impl Initiator {
 
     /// What happened, oldest first.
     pub fn poll_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
+        let event = self.events.pop_front()?;
+        if matches!(event, Event::Attached(_, Access::ReadWrite)) {
+            // Taken over or free: a fenced attachment never takes back by itself.
+            self.take_over = false;
+        }
+        Some(event)
     }
 
     /// The counters; gauges are of now.

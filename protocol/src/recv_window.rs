@@ -61,12 +61,12 @@ impl RecvWindow {
         if pn > self.largest {
             return true;
         }
-        pn + WINDOW_FRAMES as u64 > self.largest && pn != 0 && !self.bit(pn)
+        pn.saturating_add(WINDOW_FRAMES as u64) > self.largest && pn != 0 && !self.bit(pn)
     }
 
     /// Marks `pn`, which [`RecvWindow::is_new`], as arrived, and decides when its ack is due.
     pub(crate) fn mark(&mut self, now: Instant, arrival: Instant, pn: u64, asks: bool, ack_now: bool) {
-        let opens_gap = pn > self.largest + 1;
+        let opens_gap = pn > self.largest.saturating_add(1);
         if pn > self.largest {
             self.advance(pn);
             self.largest_arrival = arrival;

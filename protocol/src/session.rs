@@ -360,12 +360,19 @@ impl Session {
     /// When [`Session::handle_timeout`] or a pending ack has something to do.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         let timers = [self.loss_at, self.probe_at(), self.received.ack_at(), self.rest_until];
-        let next = timers.into_iter().flatten().min();
-        next.map(|at| self.rest_until.map_or(at, |rest_until| at.max(rest_until)))
+        timers.into_iter().flatten().min().map(|at| self.after_rest(at))
+    }
+
+    /// `at`, or the end of the rest after a refused frame if that is later: nothing can be sent before.
+    pub(crate) fn after_rest(&self, at: Instant) -> Instant {
+        self.rest_until.map_or(at, |rest_until| at.max(rest_until))
     }
 
     /// Frames become lost by time; a tail that nobody acks is given up and sent again. Run it only after the link was found empty.
     pub(crate) fn handle_timeout(&mut self, now: Instant, stats: &mut Stats) {
+        if self.rest_until.is_some_and(|at| at <= now) {
+            self.rest_until = None;
+        }
         if self.loss_at.is_some_and(|at| at <= now) {
             self.detect_lost(now, stats);
         }

@@ -378,6 +378,10 @@ impl Target {
         }
         let grid = self.session.grid();
         let slot = &mut self.slots[message.slot.index()];
+        if matches!(slot.state, State::Answering(_)) {
+            // The peer says that it has the last answer: what of it was not sent yet is not wanted.
+            self.answers.retain(|waiting| *waiting != message.slot);
+        }
         if op == Op::Write && core::mem::take(&mut slot.free_queued) {
             self.events.retain(|event| *event != Event::Free { slot: message.slot });
         }

@@ -18,6 +18,9 @@ pub const FLAG_ACK_NOW: u8 = 1 << 0;
 /// `fflags`: CRCs of the payloads stand before the tag.
 pub const FLAG_CRC_TRAILER: u8 = 1 << 1;
 
+/// Largest packet number: reached by nobody who adds 1 for each frame, and far from where sums wrap.
+pub const PN_MAX: u64 = 1 << 62;
+
 /// How a frame is protected: bits 1..0 of `vt`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
@@ -86,7 +89,7 @@ impl Header {
         if vt & 0b11 > 1 {
             return Err(Reject::Mode);
         }
-        if header.flags & !(FLAG_ACK_NOW | FLAG_CRC_TRAILER) != 0 || header.pn == 0 {
+        if header.flags & !(FLAG_ACK_NOW | FLAG_CRC_TRAILER) != 0 || header.pn == 0 || header.pn > PN_MAX {
             return Err(Reject::Field);
         }
         Ok(header)
