@@ -154,7 +154,7 @@ impl Connected {
                     events.push_back(Event::Done { slot: message.slot, status });
                 }
             }
-            Kind::AckRanges => self.session.receive_ranges(now, frame.payload(payload.range.clone()), stats),
+            Kind::AckRanges => self.session.receive_ranges(frame.payload(payload.range.clone()), stats),
             Kind::Probe => return self.probe_came(message),
             Kind::Event => match VolumeInfo::parse(frame.payload(payload.range.clone())) {
                 Ok(info) => {

@@ -232,6 +232,7 @@ impl Initiator {
                 ));
             }
         }
+        connected.session.conclude(now, &mut self.stats);
         connected.settle(now, &mut self.requests);
         self.follow(now, outcome);
     }

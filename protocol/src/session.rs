@@ -128,6 +128,8 @@ pub(crate) struct Session {
     patience: Nanos,
     patience_at: Instant,
     loss_at: Option<Instant>,
+    /// Frames were acked since losses were looked for.
+    acks_came: bool,
     /// The next frame asks for an ack at once.
     ack_now: bool,
     /// A PING leaves in a frame of its own: small, so that it passes where a full one does not.
@@ -215,6 +217,7 @@ impl Session {
             patience: Nanos::ZERO,
             patience_at: now,
             loss_at: None,
+            acks_came: false,
             ack_now: false,
             ping_alone: false,
             rest_until: None,
@@ -289,7 +292,7 @@ impl Session {
     }
 
     /// Takes the payload of an ACK_RANGES message.
-    pub(crate) fn receive_ranges(&mut self, now: Instant, payload: &[u8], stats: &mut Stats) {
+    pub(crate) fn receive_ranges(&mut self, payload: &[u8], stats: &mut Stats) {
         let Ok(ranges) = parse_ack_ranges(payload) else {
             stats.violations += 1;
             return;
@@ -302,7 +305,14 @@ impl Session {
             sums.spurious += part.spurious;
         }
         stats.spurious_losses += u64::from(sums.spurious);
-        self.detect_lost(now, stats);
+        self.acks_came = true;
+    }
+
+    /// The whole frame has been looked at, bitmap and ranges: what neither names and later ones overtook is lost.
+    pub(crate) fn conclude(&mut self, now: Instant, stats: &mut Stats) {
+        if core::mem::take(&mut self.acks_came) {
+            self.detect_lost(now, stats);
+        }
     }
 
     fn handle_ack(&mut self, now: Instant, arrival: Instant, header: &Header, stats: &mut Stats) {
@@ -330,7 +340,7 @@ impl Session {
                 limited: sums.limited,
             };
             self.congestion.on_acked(now, acked, self.rtt.min(), self.rtt.smoothed());
-            self.detect_lost(now, stats);
+            self.acks_came = true;
         }
     }
 

@@ -319,6 +319,7 @@ impl Target {
                 }
             }
         }
+        self.session.conclude(now, &mut self.stats);
         self.settle();
     }
 
@@ -333,7 +334,7 @@ impl Target {
         match message.kind {
             Kind::Request | Kind::WriteData => self.handle_request(frame, payload, placements),
             Kind::AckRanges => {
-                self.session.receive_ranges(now, frame.payload(payload.range.clone()), &mut self.stats);
+                self.session.receive_ranges(frame.payload(payload.range.clone()), &mut self.stats);
             }
             Kind::Probe if message.code == 0 => self.echo = Some(message.plen),
             Kind::Close => self.end(GoneCause::Closed),

@@ -298,3 +298,17 @@ fn a_piece_off_the_grid_changes_nothing() {
     assert!(placements.is_empty());
     assert_eq!(target.stats().violations, 1);
 }
+
+/// P-39 P-42: when one turn takes in more frames than the bitmap says, the ranges in the same frame keep the rest from counting as lost.
+#[test]
+fn frames_that_only_the_ranges_name_are_not_taken_for_lost() {
+    let mut pair = open_pair(17, Wire { mtu: 1500, ..Wire::default() });
+    // The answer of 768 pieces reaches a backend that looks at nothing for a while.
+    pair.submit(Op::Read, 0, vec![0; 256 << 10]);
+    pair.hold_backend = true;
+    pair.run_for(Nanos::from_micros(250));
+    pair.hold_backend = false;
+    assert!(pair.run_until_idle(Nanos::from_secs(1)));
+    let node = pair.node.targets[0].0.stats();
+    assert_eq!((node.frames_lost, pair.initiator.stats().duplicate_messages), (0, 0), "{node:?}");
+}

@@ -124,7 +124,10 @@ pub(crate) struct Pair {
     pub(crate) sent: [u64; 2],
     pub(crate) recorded: Option<Vec<(bool, Vec<u8>)>>,
     pub(crate) cut: bool,
+    /// The backend does not look at its link and sends nothing.
+    pub(crate) hold_backend: bool,
     flights: BinaryHeap<Flight>,
+    held: Vec<Vec<u8>>,
     order: u64,
     busy_until: [u64; 2],
     pub(crate) capture_rejects: u64,
@@ -172,6 +175,8 @@ impl Pair {
             sent: [0; 2],
             recorded: None,
             cut: false,
+            hold_backend: false,
+            held: Vec::new(),
             flights: BinaryHeap::new(),
             order: 0,
             busy_until: [0; 2],
@@ -229,7 +234,12 @@ impl Pair {
                 self.backend_receives(&flight.bytes)
             }
         }
-        self.initiator.handle_timeout(self.now);
+        if !self.hold_backend {
+            for frame in std::mem::take(&mut self.held) {
+                self.backend_receives(&frame);
+            }
+            self.initiator.handle_timeout(self.now);
+        }
         for (target, _) in &mut self.node.targets {
             target.handle_timeout(self.now);
         }
@@ -330,7 +340,9 @@ impl Pair {
 
     fn transmit(&mut self) {
         let (mut head, mut payloads) = (Vec::new(), Vec::<PayloadRef>::new());
-        while let Some(transmit) = self.initiator.poll_transmit(self.now, &mut head, &mut payloads) {
+        while !self.hold_backend
+            && let Some(transmit) = self.initiator.poll_transmit(self.now, &mut head, &mut payloads)
+        {
             let guest = &self.guest;
             let frame = build(&head, &payloads, transmit.seal, |p| {
                 guest[&p.slot].data[p.offset as usize..][..p.len as usize].to_vec()
@@ -386,6 +398,10 @@ impl Pair {
     }
 
     pub(crate) fn backend_receives(&mut self, bytes: &[u8]) {
+        if self.hold_backend {
+            self.held.push(bytes.to_vec());
+            return;
+        }
         let Some(is_long) = Header::is_long(&bytes[ETHERNET_BYTES..]) else { return };
         if is_long {
             if let (true, Ok(long)) = (opens((0, 0), bytes), LongFrame::parse(bytes)) {
