@@ -313,7 +313,7 @@ impl Target {
         }
         if fresh {
             for payload in frame.messages() {
-                self.handle_message(now, frame, &payload, placements);
+                self.handle_message(frame, &payload, placements);
                 if self.gone {
                     return;
                 }
@@ -323,13 +323,7 @@ impl Target {
         self.settle();
     }
 
-    fn handle_message(
-        &mut self,
-        now: Instant,
-        frame: &Frame<'_>,
-        payload: &Payload,
-        placements: &mut Vec<Placement>,
-    ) {
+    fn handle_message(&mut self, frame: &Frame<'_>, payload: &Payload, placements: &mut Vec<Placement>) {
         let message = &payload.message;
         match message.kind {
             Kind::Request | Kind::WriteData => self.handle_request(frame, payload, placements),

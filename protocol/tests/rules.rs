@@ -305,6 +305,7 @@ fn frames_that_only_the_ranges_name_are_not_taken_for_lost() {
     let mut pair = open_pair(17, Wire { mtu: 1500, ..Wire::default() });
     // The answer of 768 pieces reaches a backend that looks at nothing for a while.
     pair.submit(Op::Read, 0, vec![0; 256 << 10]);
+    pair.run_for(Nanos::from_micros(1));
     pair.hold_backend = true;
     pair.run_for(Nanos::from_micros(250));
     pair.hold_backend = false;
