@@ -114,6 +114,11 @@ impl Disk {
     pub fn obey(&mut self, now: Instant, change: Change, reply: Reply) {
         match change {
             Change::Start { ring, queue, kick, call } => {
+                if self.rings[usize::from(ring)].served.is_some() {
+                    // The front-end did not wait for the end of the last stop.
+                    let unfinished = self.give_up(now, ring);
+                    self.end_ring(ring, unfinished);
+                }
                 let place = &mut self.rings[usize::from(ring)];
                 let served = ServedRing::start(&self.memory, queue, call, place.parked.take());
                 served.call();

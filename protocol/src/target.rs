@@ -556,13 +556,26 @@ impl Target {
         self.settle();
     }
 
+    /// The next event that gives something back, for a node that has no room for another request: [`Event::Free`] or [`Event::Gone`], past
+    /// those that wait before it. (Nothing of the freed slot can be among them: its last request was answered.)
+    pub fn poll_freed(&mut self) -> Option<Event> {
+        let frees = |event: &Event| matches!(event, Event::Free { .. } | Event::Gone(_));
+        let event = self.events.remove(self.events.iter().position(frees)?)?;
+        self.note_polled(event);
+        Some(event)
+    }
+
     /// What the node has to do, oldest first.
     pub fn poll_event(&mut self) -> Option<Event> {
         let event = self.events.pop_front()?;
+        self.note_polled(event);
+        Some(event)
+    }
+
+    fn note_polled(&mut self, event: Event) {
         if let Event::Free { slot } = event {
             self.slots[slot.index()].free_queued = false;
         }
-        Some(event)
     }
 
     /// The counters; gauges are of now.

@@ -4,7 +4,7 @@
 //! its session), for an overlapping change (in the range lock), for a buffer (`reads`) or for the store (`ready`).
 
 use cirro_protocol::op::{Op, Status};
-use cirro_protocol::target::Event;
+use cirro_protocol::target::{Event, Target};
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::{REQUEST_BYTES_MAX, SECTOR_BYTES, Slot};
 use cirro_protocol::wire::body::{Access, CloseReason};
@@ -48,8 +48,11 @@ impl<S: Store> Node<S> {
 
     /// Takes the events of one session; false when it is gone.
     fn take_events(&mut self, now: Instant, index: u16) -> bool {
-        while self.jobs.has_room() {
-            let Some(event) = self.sessions.get(index).and_then(|session| session.target.poll_event()) else {
+        loop {
+            // Without room for another request, what gives buffers back is taken all the same: it is what makes room.
+            let has_room = self.jobs.has_room();
+            let poll = if has_room { Target::poll_event } else { Target::poll_freed };
+            let Some(event) = self.sessions.get(index).and_then(|session| poll(&mut session.target)) else {
                 break;
             };
             match event {
@@ -129,7 +132,12 @@ impl<S: Store> Node<S> {
         }
         // Within the volume, or (a flush) without length: the end of the range is a number.
         let buffer = match std::mem::take(&mut session.buffers[asking.slot.index()]) {
-            SlotBuffer::Write(buffer) => Some(buffer),
+            SlotBuffer::Write(buffer) if asking.op == Op::Write => Some(buffer),
+            // A frame that named the slot twice, once for a write.
+            SlotBuffer::Write(buffer) => {
+                self.write_pool.give_back(buffer);
+                None
+            }
             SlotBuffer::Read(buffer) => {
                 session.read_bytes -= occupied_bytes(buffer.bytes().len());
                 self.read_pool.give_back(buffer);
@@ -157,6 +165,8 @@ impl<S: Store> Node<S> {
         let number = self.jobs.add(job);
         if op == Op::Read {
             self.jobs.reads.push_back(number);
+        } else if op == Op::Flush && std::mem::replace(&mut served.flushing, true) {
+            served.flushes.push_back(number);
         } else if !op.changes_data() || served.changes.acquire(Held { start, end, id: u32::from(number) }) {
             self.jobs.ready.push_back(number);
         }

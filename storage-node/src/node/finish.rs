@@ -27,6 +27,11 @@ impl<S: Store> Node<S> {
                 served.changes.release(job.offset, &mut self.startable);
                 self.jobs.ready.extend(self.startable.iter().map(|id| *id as u16));
             }
+            if job.op == Op::Flush {
+                let next = served.flushes.pop_front();
+                served.flushing = next.is_some();
+                self.jobs.ready.extend(next);
+            }
             self.answer(&job, status, completion.buffer);
             if job.change != 0 {
                 self.advance_openings(now, job.volume);
@@ -46,13 +51,17 @@ impl<S: Store> Node<S> {
                     Some(buffer) if is_read => {
                         session.read_bytes -= occupied_bytes(buffer.bytes().len());
                         self.read_pool.give_back(buffer);
+                        self.buffers_came_back = true;
                     }
                     Some(buffer) => self.write_pool.give_back(buffer),
                     None => {}
                 }
                 session.target.complete(job.slot, status);
             }
-            (None, Some(buffer)) if is_read => self.read_pool.give_back(buffer),
+            (None, Some(buffer)) if is_read => {
+                self.read_pool.give_back(buffer);
+                self.buffers_came_back = true;
+            }
             (None, Some(buffer)) => self.write_pool.give_back(buffer),
             (None, None) => {}
         }
@@ -60,8 +69,12 @@ impl<S: Store> Node<S> {
 
     /// The status of a completion. A flush that failed is remembered: what the kernel dropped then, no later fdatasync reports again.
     fn judge(&mut self, job: &Job, completion: &Completion) -> Status {
-        let Err(failure) = &completion.result else { return Status::Ok };
         let served = &mut self.volumes[usize::from(job.volume)];
+        let Err(failure) = &completion.result else {
+            // A flush that was taken before the one that failed promises what is lost.
+            let promises = job.op == Op::Flush && served.flush_failed.is_some();
+            return if promises { Status::Io } else { Status::Ok };
+        };
         let name = served.volume.name;
         let errno = match failure {
             StoreError::Unsupported { .. } => return Status::Unsupported,

@@ -239,9 +239,10 @@ impl<S: Store> Node<S> {
 
     fn admit(&mut self, now: Instant, frame: &LongFrame, hello: &Hello, volume: u16) {
         let pool = self.write_pool.bytes_total();
-        let credit =
-            if self.promised_bytes + CREDIT_BYTES <= pool / 2 { CREDIT_BYTES } else { REQUEST_BYTES_MAX };
-        let index = self.sessions.next_index().filter(|_| self.promised_bytes + credit <= pool);
+        // What the attachment's older sessions were promised ends with them, as soon as this one is confirmed.
+        let promised = self.promised_bytes - self.sessions.promised_to(hello.attachment, volume);
+        let credit = if promised + CREDIT_BYTES <= pool / 2 { CREDIT_BYTES } else { REQUEST_BYTES_MAX };
+        let index = self.sessions.next_index().filter(|_| promised + credit <= pool);
         let Some(index) = index.filter(|_| self.sessions.unconfirmed() < UNCONFIRMED_MAX) else {
             let count = self.sessions.len();
             warn!(

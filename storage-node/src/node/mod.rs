@@ -107,6 +107,8 @@ struct Node<S> {
     meter: Arc<Meter>,
     stop_at: Option<Instant>,
     closed: bool,
+    /// A read buffer came back after waiting reads were looked at.
+    buffers_came_back: bool,
     // Kept between turns so that a turn allocates nothing.
     fresh: receive::Fresh,
     placements: Vec<Placement>,
@@ -154,6 +156,7 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
             meter: Arc::new(Meter::new(DROP_NAMES)),
             stop_at: None,
             closed: false,
+            buffers_came_back: false,
             fresh: receive::Fresh::new(),
             placements: Vec::with_capacity(64),
             payloads: Vec::with_capacity(64),
@@ -268,7 +271,9 @@ impl<S: Store> Node<S> {
         let startable = self.jobs.has_ready() && self.store.room() > 0;
         let stopping = self.stop_at.is_some() && !self.closed && self.jobs.is_empty();
         let fed = !self.starved.is_empty() && self.jobs.has_room();
-        if self.sessions.has_active() || fed || startable || stopping || self.handshake.has_frames() {
+        let read_waits = std::mem::take(&mut self.buffers_came_back) && !self.jobs.reads.is_empty();
+        let at_once = fed || startable || stopping || read_waits || self.store.wants_push();
+        if self.sessions.has_active() || at_once || self.handshake.has_frames() {
             return Wake::Now;
         }
         let stop = self.stop_at.filter(|_| !self.closed);

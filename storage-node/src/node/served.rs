@@ -66,6 +66,10 @@ pub(super) struct Served {
     pub next_handle: u32,
     /// Set by the first fdatasync that fails: nothing that was written before can be promised any more.
     pub flush_failed: Option<i32>,
+    /// An fdatasync is under way. The kernel tells a failure to one of those that run together, so they run one after another.
+    pub flushing: bool,
+    /// Flushes that wait for it, by number of their job.
+    pub flushes: VecDeque<u16>,
     pub since: Instant,
     pub meters: Meters,
 }
@@ -104,6 +108,8 @@ impl Served {
             openings: VecDeque::new(),
             next_handle: 1,
             flush_failed: None,
+            flushing: false,
+            flushes: VecDeque::new(),
             since: now,
             meters: Meters::default(),
         }

@@ -239,6 +239,12 @@ impl Sessions {
         (self.next_deadline != NEVER).then_some(self.next_deadline)
     }
 
+    /// Bytes of write credit that sessions of `attachment` on `volume` were given.
+    pub(super) fn promised_to(&self, attachment: Uuid, volume: u16) -> usize {
+        let same = |session: &&Session| session.attachment() == attachment && session.volume == volume;
+        self.iter().map(|(_, session)| session).filter(same).map(|session| session.promised_bytes).sum()
+    }
+
     /// Sessions that no frame has confirmed.
     pub(super) fn unconfirmed(&self) -> usize {
         self.iter().filter(|(_, session)| !session.target.is_confirmed()).count()

@@ -139,6 +139,11 @@ pub trait Store {
     fn push(&mut self);
     /// The next finished request; never waits.
     fn complete(&mut self) -> Option<Completion>;
+    /// True if something waits for the next [`Store::push`], which must then come soon: what the kernel had no room for, or the next step
+    /// of a request.
+    fn wants_push(&self) -> bool {
+        false
+    }
 }
 
 impl Request {

@@ -317,6 +317,10 @@ impl Store for UringStore {
         }
         self.done.pop_front()
     }
+
+    fn wants_push(&self) -> bool {
+        self.unpushed
+    }
 }
 
 impl AsFd for UringStore {
@@ -340,10 +344,5 @@ impl UringStore {
     /// Requests that the kernel has.
     pub fn in_kernel(&self) -> usize {
         STORE_REQUESTS_MAX - self.free.len()
-    }
-
-    /// True if entries wait for [`Store::push`], which must then be called again soon.
-    pub fn has_unpushed(&self) -> bool {
-        self.unpushed
     }
 }
