@@ -7,11 +7,13 @@
 #[path = "../tests/support/netns.rs"]
 mod netns;
 
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cirro_link::packet::{self, PacketLink};
-use cirro_link::tap::Tap;
+use cirro_link::tap::{Limits, Recording, Tap};
 use cirro_link::wait::Waiter;
 use cirro_link::{FrameId, Link, Run, clock};
 use cirro_protocol::time::{Instant, Nanos};
@@ -171,7 +173,10 @@ fn one_way(wire: &VethPair, bytes: usize, tapped: bool) -> (u64, u64) {
             on_core(&wire.a, 0, |link| {
                 let mut link = Tap::new(link);
                 if tapped {
-                    link.start("/dev/null".as_ref()).expect("/dev/null takes anything");
+                    let path = Path::new("/dev/null");
+                    let null = File::options().write(true).open(path).expect("/dev/null is there");
+                    let recording = Recording::into_file(null, path, Limits::default());
+                    link.exchange(Some(recording.expect("a thread can be started")));
                 }
                 while !ready.load(Ordering::Acquire) {
                     std::thread::yield_now();

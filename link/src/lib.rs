@@ -13,6 +13,7 @@ pub mod random;
 pub mod stack;
 mod sys;
 pub mod tap;
+pub mod taps;
 pub mod wait;
 
 use cirro_protocol::time::Instant;

@@ -19,21 +19,23 @@ pub fn stack<L>(link: L) -> Stack<L> {
 mod tests {
     use super::*;
     use crate::faults::{Chance, Options, Wire};
+    use crate::tap::{FINISH_TIME, Limits, Recording};
     use crate::{FrameId, Link, memory};
 
     #[test]
     fn a_recording_shows_what_the_worker_said_though_the_wire_lost_it() {
         let (near, mut far) = memory::pair(1500);
         let mut link = stack(near);
-        let file = tempfile::NamedTempFile::new().unwrap();
-        link.start(file.path()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let recording = Recording::create(&folder.path().join("a.pcap"), Limits::default()).unwrap();
+        link.exchange(Some(recording));
         let sent = Wire { loss: Chance::percent(100), ..Wire::default() };
         link.inner_mut().set(Some(Options { seed: 1, sent, ..Options::default() }));
         link.frame().unwrap().head.extend_from_slice(&[7; 60]);
         link.commit(FrameId::default());
         link.flush(&mut Vec::new());
         assert!(far.receive().is_none());
-        assert_eq!(link.stop().unwrap().frames, 1);
+        assert_eq!(link.exchange(None).unwrap().finish(FINISH_TIME).frames, 1);
         link.inner_mut().set(None);
         link.frame().unwrap().head.extend_from_slice(&[7; 60]);
         link.commit(FrameId::default());
