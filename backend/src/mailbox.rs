@@ -1,7 +1,7 @@
-//! The one door between the threads that talk vhost-user and the worker that owns the rings.
+//! The one door between the threads that talk vhost-user or to `cirroctl` and the worker that owns the rings and the link.
 //!
 //! A command goes in with a place for its answer; the sender waits, the worker never does. Does not know what a command does. The vhost side
-//! (`ring`, `device`, `server`) holds [`Mailbox`], the worker [`Inbox`].
+//! (`ring`, `device`, `server`) and the control thread hold [`Mailbox`], the worker [`Inbox`].
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
+use cirro_link::tap::Exchange;
 use virtio_queue::QueueState;
 
 use crate::guest_memory::Regions;
@@ -25,7 +26,7 @@ pub const ANSWER_TIME: Duration = Duration::from_secs(3);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DiskId(pub u16);
 
-/// What is asked of a worker.
+/// What is asked of a disk.
 #[derive(Debug)]
 pub enum Change {
     /// The ring has all it needs and is enabled: serve it.
@@ -93,7 +94,16 @@ pub enum Answer {
 
 /// A command on its way.
 #[derive(Debug)]
-pub struct Command {
+pub enum Command {
+    /// For a disk.
+    Disk(DiskCommand),
+    /// For the tap of the worker's link.
+    Tap(Exchange),
+}
+
+/// A command for a disk.
+#[derive(Debug)]
+pub struct DiskCommand {
     /// Which disk.
     pub disk: DiskId,
     /// What is asked.
@@ -155,16 +165,26 @@ impl Mailbox {
     /// Sends a command and rings; the answer can be awaited.
     pub fn send(&self, disk: DiskId, change: Change) -> Awaited {
         let (reply, answer) = sync_channel(1);
-        // A worker that is gone drops the command and with it the reply: the wait ends at once, without an answer.
-        let _ = self.commands.send(Command { disk, change, reply: Reply(reply) });
-        // A full socket rings already, a closed one has nobody behind it.
-        let _ = (&*self.bell).write(&[1]);
+        let command = DiskCommand { disk, change, reply: Reply(reply) };
+        self.put(Command::Disk(command));
         Awaited(answer)
+    }
+
+    /// Sends what the tap is to record into, and rings.
+    pub fn exchange(&self, exchange: Exchange) {
+        self.put(Command::Tap(exchange));
     }
 
     /// Sends a command and waits until it took effect.
     pub fn ask(&self, disk: DiskId, change: Change) -> Option<Answer> {
         self.send(disk, change).wait()
+    }
+
+    fn put(&self, command: Command) {
+        // A worker that is gone drops the command and with it the reply: the wait ends at once, without an answer.
+        let _ = self.commands.send(command);
+        // A full socket rings already, a closed one has nobody behind it.
+        let _ = (&*self.bell).write(&[1]);
     }
 }
 
@@ -190,11 +210,18 @@ impl Inbox {
 mod tests {
     use super::*;
 
+    fn take(inbox: &Inbox) -> DiskCommand {
+        match inbox.take() {
+            Some(Command::Disk(command)) => command,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn a_command_is_answered_and_the_bell_falls_silent() {
         let (mailbox, inbox) = mailbox().unwrap();
         let awaited = mailbox.send(DiskId(3), Change::Enable { ring: 1, enabled: true });
-        let command = inbox.take().unwrap();
+        let command = take(&inbox);
         assert_eq!(command.disk, DiskId(3));
         assert!(inbox.take().is_none());
         command.reply.give(Answer::Stopped { next_avail: 9, unfinished: 0 });
@@ -218,7 +245,7 @@ mod tests {
         let (mailbox, inbox) = mailbox().unwrap();
         for _ in 0..10_000 {
             let awaited = mailbox.send(DiskId(0), Change::Report);
-            inbox.take().unwrap().reply.give(Answer::Done);
+            take(&inbox).reply.give(Answer::Done);
             assert!(matches!(awaited.wait(), Some(Answer::Done)));
         }
         inbox.hush();

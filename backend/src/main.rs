@@ -18,10 +18,11 @@ use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_ctl::daemon::{self, Usage};
-use cirro_ctl::report::Report;
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
 use cirro_link::packet::{self, PacketLink};
+use cirro_link::stack::{Stack, stack};
+use cirro_link::taps::{Taps, Way};
 use cirro_link::{Link, clock, random};
 use cirro_protocol::initiator::{self, Initiator};
 use cirro_protocol::time::Nanos;
@@ -58,11 +59,9 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     );
 
     let crew = Crew::new(&config, &states, process, links, &stop)?;
-    let Crew { workers, disks, view } = crew;
+    let Crew { workers, disks, mut view } = crew;
     let _control = match &config.ctl_socket {
-        Some(path) => {
-            Some(Server::start(path, move |request| Report::Backend(view.report()).answer(&request))?)
-        }
+        Some(path) => Some(Server::start(path, move |request| view.answer(&request))?),
         None => None,
     };
     let ended = Arc::new(AtomicBool::new(false));
@@ -85,7 +84,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
 
 /// What the threads will own, and what can be seen of it.
 struct Crew {
-    workers: Vec<(Mailbox, Worker<PacketLink>)>,
+    workers: Vec<(Mailbox, Worker<Stack<PacketLink>>)>,
     /// In the order of the configuration.
     disks: Vec<DiskServer>,
     view: View,
@@ -108,14 +107,17 @@ impl Crew {
             workers: Vec::new(),
             drops: links.iter().map(PacketLink::drops).collect(),
             disks: Vec::new(),
+            taps: Taps::new(Vec::new()),
         };
         let mut crew = Crew { workers: Vec::new(), disks: Vec::new(), view };
         for (index, link) in (0u16..).zip(links) {
             let (mailbox, inbox) = mailbox().context("cannot make a mailbox")?;
             let stats = Arc::new(WorkerStats::default());
             crew.view.workers.push(Arc::clone(&stats));
-            crew.workers.push((mailbox, Worker::new(link, Steer::new(process, index), inbox, stats)));
+            let worker = Worker::new(stack(link), Steer::new(process, index), inbox, stats);
+            crew.workers.push((mailbox, worker));
         }
+        crew.view.taps = Taps::new(crew.workers.iter().map(|(mailbox, _)| way_to(mailbox)).collect());
         for (number, (entry, state)) in config.disks.iter().zip(states).enumerate() {
             let place = Place {
                 worker: number as u16 % config.workers,
@@ -162,6 +164,11 @@ impl Crew {
     }
 }
 
+fn way_to(mailbox: &Mailbox) -> Way {
+    let mailbox = mailbox.clone();
+    Box::new(move |exchange| mailbox.exchange(exchange))
+}
+
 fn read_config(flags: &Flags) -> anyhow::Result<Config> {
     let text = match &flags.config {
         None => None,
@@ -186,7 +193,7 @@ struct Place {
 }
 
 fn worker_disk(
-    worker: &mut Worker<PacketLink>,
+    worker: &mut Worker<Stack<PacketLink>>,
     id: DiskId,
     (entry, state, place): (&DiskEntry, &State, &Place),
     (attach, stats): (Arc<Attach>, Arc<DiskStats>),
@@ -221,7 +228,11 @@ fn worker_disk(
 
 type Thread = JoinHandle<anyhow::Result<()>>;
 
-fn start_worker(worker: Worker<PacketLink>, ended: &Arc<AtomicBool>, poll: Nanos) -> anyhow::Result<Thread> {
+fn start_worker(
+    worker: Worker<Stack<PacketLink>>,
+    ended: &Arc<AtomicBool>,
+    poll: Nanos,
+) -> anyhow::Result<Thread> {
     let ended = Arc::clone(ended);
     std::thread::Builder::new()
         .name("worker".to_owned())

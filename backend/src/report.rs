@@ -1,17 +1,20 @@
 //! Answers `cirroctl`: what the process serves and how it is.
 //!
-//! Knows counters and mailboxes; touches nothing of the data path. Called on the control socket's thread.
+//! Knows counters, mailboxes and taps; touches nothing of the data path. Called on the control socket's thread.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cirro_ctl::report::{
-    BackendReport, Disk, DiskCounters, DiskState, Link, LinkCounters, LinkState, Process, Session,
+    BackendReport, Disk, DiskCounters, DiskState, Link, LinkCounters, LinkState, Process, Report, Session,
     SessionState, State, Worker,
 };
+use cirro_ctl::request::{Request, TapFile, TapPopped, TapPush, TapPushed};
 use cirro_link::clock;
 use cirro_link::packet::Drops;
+use cirro_link::tap::Limits;
+use cirro_link::taps::{TapError, Taps};
 use cirro_protocol::initiator::StateName;
 use cirro_protocol::types::{MacAddress, Uuid};
 use cirro_protocol::wire::body::VOLUME_READ_ONLY;
@@ -60,9 +63,39 @@ pub struct View {
     pub drops: Vec<Arc<Drops>>,
     /// The disks.
     pub disks: Vec<DiskView>,
+    /// The workers' taps.
+    pub taps: Taps,
 }
 
 impl View {
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// One sentence for the operator.
+    pub fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
+        let answer = match request {
+            Request::Status {} | Request::Stats {} => return Report::Backend(self.report()).answer(request),
+            Request::LinkTapPush(push) => self.push_taps(push).map(serde_json::to_value),
+            Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value),
+        };
+        let value = answer.map_err(|error| error.to_string())?;
+        value.map_err(|error| format!("the answer cannot be written: {error}"))
+    }
+
+    fn push_taps(&mut self, push: &TapPush) -> Result<TapPushed, TapError> {
+        let limits = Limits { frame_bytes_max: push.frame_bytes_max, file_bytes_max: push.file_bytes_max };
+        self.taps.push(&push.path, limits).map(|files| TapPushed { files: files.to_vec() })
+    }
+
+    fn pop_taps(&mut self) -> Result<TapPopped, TapError> {
+        let files = self.taps.pop()?.into_iter().map(|(path, recorded)| TapFile {
+            path,
+            frames: recorded.frames,
+            frames_missed: recorded.left_out,
+        });
+        Ok(TapPopped { files: files.collect() })
+    }
+
     /// The report now.
     pub fn report(&self) -> BackendReport {
         BackendReport {
@@ -91,7 +124,7 @@ impl View {
             address: self.address.to_string(),
             mtu: self.mtu,
             state: State::plain(LinkState::Up, self.started_ns),
-            taps: Vec::new(),
+            taps: self.taps.files().to_vec(),
             counters: Some(LinkCounters {
                 ring_drops: sum(|drops| drops.ring_full.load(Ordering::Relaxed)),
                 refused: self.workers.iter().map(|stats| stats.frames_refused.get()).sum(),

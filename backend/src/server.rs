@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cirro_ctl::stop::Stop;
+use cirro_link::tap::Tap;
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
 use cirro_protocol::initiator::StateName;
@@ -47,12 +48,17 @@ const RELEASE_TIME: Duration = Duration::from_millis(500);
 ///
 /// # Errors
 /// The kernel has no descriptors or memory left for waiting.
-pub fn run_worker<L: Link + AsFd>(mut worker: Worker<L>, ended: &AtomicBool, poll: Nanos) -> io::Result<()> {
+pub fn run_worker<L: Link + AsFd>(
+    mut worker: Worker<Tap<L>>,
+    ended: &AtomicBool,
+    poll: Nanos,
+) -> io::Result<()> {
     let mut waits = Waits::new(&mut worker)?;
     let mut moved_at = clock::now();
     while !ended.load(Ordering::Relaxed) {
         let now = clock::now();
         let turn = worker.turn(now);
+        worker.tend_tap();
         waits.follow(&mut worker)?;
         if turn.busy || turn.active {
             moved_at = now;

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use cirro_link::tap::{Exchange, Tap};
 use cirro_link::{FrameId, Link};
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::{Cid, Steer};
@@ -16,7 +17,7 @@ use cirro_seal::{Mismatch, Nonces, open_crc, open_long, seal_crc, seal_long};
 
 use crate::disk::{Disk, KickChange};
 use crate::guest_memory::PrivateCopies;
-use crate::mailbox::{DiskId, Inbox};
+use crate::mailbox::{Command, DiskId, Inbox};
 use crate::stats::{Drop, WorkerStats};
 
 /// Frames taken from the link in a turn: acks leave at its end, and at most 48 frames may lie between two (docs/PROTOCOL.md, P-37).
@@ -63,13 +64,24 @@ pub struct Worker<L> {
     disks: Vec<Place>,
     first_disk: usize,
     scratch: Scratch,
+    /// What the link's tap is to record into, until the turn is over.
+    exchanges: Vec<Exchange>,
     stats: Arc<WorkerStats>,
 }
 
 impl<L: Link> Worker<L> {
     /// A worker without disks. `steer` is what its frames carry.
     pub fn new(link: L, steer: Steer, inbox: Inbox, stats: Arc<WorkerStats>) -> Worker<L> {
-        Worker { link, steer, inbox, disks: Vec::new(), first_disk: 0, scratch: Scratch::default(), stats }
+        Worker {
+            link,
+            steer,
+            inbox,
+            disks: Vec::new(),
+            first_disk: 0,
+            scratch: Scratch::default(),
+            exchanges: Vec::new(),
+            stats,
+        }
     }
 
     /// Adds a disk; its place is the `cid_index` its initiator was made with: the number of disks before it.
@@ -140,12 +152,17 @@ impl<L: Link> Worker<L> {
             .flat_map(|place| place.disk.kick_changes.drain(..).map(|change| (place.id, change)))
     }
 
-    /// Obeys what the vhost side asks. True if there may be more.
+    /// Obeys what the vhost side and the control thread ask. True if there may be more.
     fn obey(&mut self, now: Instant) -> bool {
         for _ in 0..COMMANDS_PER_TURN_MAX {
             let Some(command) = self.inbox.take() else { return false };
-            if let Some(place) = self.disks.iter_mut().find(|place| place.id == command.disk) {
-                place.disk.obey(now, command.change, command.reply);
+            match command {
+                Command::Tap(exchange) => self.exchanges.push(exchange),
+                Command::Disk(command) => {
+                    if let Some(place) = self.disks.iter_mut().find(|place| place.id == command.disk) {
+                        place.disk.obey(now, command.change, command.reply);
+                    }
+                }
             }
         }
         true
@@ -253,6 +270,15 @@ impl<L: Link> Worker<L> {
         for id in refused.iter() {
             self.stats.frames_refused.add(1);
             self.disks[id.session as usize].disk.initiator.not_sent(now, id.pn);
+        }
+    }
+}
+
+impl<L: Link> Worker<Tap<L>> {
+    /// Gives the tap what it is to record into, if that was asked. To be called between two turns.
+    pub fn tend_tap(&mut self) {
+        for exchange in self.exchanges.drain(..) {
+            exchange.carry_out(&mut self.link);
         }
     }
 }

@@ -22,6 +22,8 @@ use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::worker::Worker;
 use cirro_ctl::stop::Stop;
 use cirro_link::memory::{MemoryLink, pair};
+use cirro_link::tap::{Limits, Tap};
+use cirro_link::taps::Taps;
 use cirro_link::{FrameId, Link, Received, TxFrame, clock};
 use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::Nanos;
@@ -89,7 +91,7 @@ impl AsFd for NodeLink {
     }
 }
 
-fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Worker<NodeLink> {
+fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Worker<Tap<NodeLink>> {
     let (here, there) = pair(9000);
     let config = Config {
         volume: "vol".parse().unwrap(),
@@ -116,7 +118,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
     });
     let node = Node::new(there, IMAGE_BYTES);
     let link = NodeLink { link: here, node, silent, quiet: UnixStream::pair().unwrap() };
-    let mut worker = Worker::new(link, Steer::new(0, 0), inbox, Arc::default());
+    let mut worker = Worker::new(Tap::new(link), Steer::new(0, 0), inbox, Arc::default());
     worker.add(DiskId(0), disk);
     worker
 }
@@ -398,6 +400,37 @@ fn a_reset_device_starts_afresh_on_the_same_connection() {
     guest.start(0);
     assert_eq!(guest.one(0, 0, 512).status, 0);
     assert_eq!(backend.session().rings, 1);
+}
+
+#[test]
+fn frames_are_recorded_while_a_guest_works_and_the_guest_sees_nothing_of_it() {
+    let backend = Backend::start("tap");
+    let mut guest = Guest::connect(&backend, None);
+    guest.start(0);
+    let mailbox = backend.mailbox.clone();
+    let mut taps = Taps::new(vec![Box::new(move |exchange| mailbox.exchange(exchange))]);
+    let path = backend.path.with_extension("pcap");
+    assert_eq!(guest.one(0, 0, 512).status, 0);
+    let seen = |backend: &Backend| {
+        let stats = backend.session().stats;
+        stats.frames_sent + stats.frames_received
+    };
+    let before = seen(&backend);
+    taps.push(&path, Limits::default()).unwrap();
+    for sector in 0..20u32 {
+        assert_eq!(guest.one(sector % 2, sector.into(), 4096).status, 0);
+    }
+    let ended = taps.pop().unwrap();
+    let during = seen(&backend) - before;
+    assert_eq!(guest.one(1, 0, 512).status, 0);
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    // 20 requests and their answers at least, and nothing that the session does not know of but what came just before and after.
+    let (file, recorded) = &ended[0];
+    assert_eq!((file, recorded.left_out), (&path, 0));
+    assert!((40..=during).contains(&recorded.frames), "{recorded:?}, {during} frames sent and received");
+    let data: usize = 20 * 4096;
+    assert!(bytes.len() > data + 24 && bytes.len() < 2 * data, "{} bytes in the file", bytes.len());
 }
 
 #[test]

@@ -11,10 +11,13 @@ use anyhow::Context;
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::publish::{Publisher, Reader};
 use cirro_ctl::report::{self, NodeReport, Report};
-use cirro_ctl::request::Request;
+use cirro_ctl::request::{Request, TapFile, TapPopped, TapPush, TapPushed};
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
 use cirro_link::packet::{self, Drops, PacketLink};
+use cirro_link::stack::stack;
+use cirro_link::tap::Limits;
+use cirro_link::taps::{TapError, Taps, Way};
 use cirro_link::{Link, clock, random};
 use cirro_node::config::{Config, Flags};
 use cirro_node::node::{Directory, Meter, NodeConfig, NodeWorker, Snapshot};
@@ -76,7 +79,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     });
     let waiting: WaitingList = Arc::new(Mutex::new(waiting.collect()));
     let views = workers.iter().map(|worker| worker.view.clone()).collect();
-    let control = Control { started, link: facts, views, waiting: Arc::clone(&waiting) };
+    let taps = Taps::new(workers.iter().map(|worker| way_to(&worker.door)).collect());
+    let mut control = Control { started, link: facts, views, waiting: Arc::clone(&waiting), taps };
     let server = Server::start(&config.ctl_socket, move |request: Request| control.answer(&request))?;
     serve_what_is_free(&waiting);
     log::info!("node {} is ready on {} as process {process}", state.node, config.link);
@@ -164,7 +168,7 @@ impl Common<'_> {
             read_pool_bytes: config.read_pool_bytes,
         };
         let drops = link.drops();
-        let worker = NodeWorker::new(node, Arc::clone(&self.directory), link, store, keeper);
+        let worker = NodeWorker::new(node, Arc::clone(&self.directory), stack(link), store, keeper);
         let (door, seat) = door().context("cannot make a worker's door")?;
         let (publisher, snapshot) = Publisher::new(Snapshot::default());
         let view = View { index, meter: worker.meter(), snapshot, drops };
@@ -184,20 +188,43 @@ fn join(thread: JoinHandle<anyhow::Result<()>>) -> anyhow::Result<()> {
     thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread ended by a bug; its message is above")))
 }
 
+fn way_to(door: &Door) -> Way {
+    let door = door.clone();
+    Box::new(move |exchange| door.exchange(exchange))
+}
+
 /// What the control socket answers from.
 struct Control {
     started: Instant,
     link: report::Link,
     views: Vec<View>,
     waiting: WaitingList,
+    taps: Taps,
 }
 
 impl Control {
-    fn answer(&self, request: &Request) -> Result<serde_json::Value, String> {
-        match request {
-            Request::Status {} | Request::Stats {} => Report::Node(self.report()).answer(request),
-            Request::LinkTapPush(_) | Request::LinkTapPop {} => request.not_supported(PROGRAM),
-        }
+    fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
+        let answer = match request {
+            Request::Status {} | Request::Stats {} => return Report::Node(self.report()).answer(request),
+            Request::LinkTapPush(push) => self.push_taps(push).map(serde_json::to_value),
+            Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value),
+        };
+        let value = answer.map_err(|error| error.to_string())?;
+        value.map_err(|error| format!("the answer cannot be written: {error}"))
+    }
+
+    fn push_taps(&mut self, push: &TapPush) -> Result<TapPushed, TapError> {
+        let limits = Limits { frame_bytes_max: push.frame_bytes_max, file_bytes_max: push.file_bytes_max };
+        self.taps.push(&push.path, limits).map(|files| TapPushed { files: files.to_vec() })
+    }
+
+    fn pop_taps(&mut self) -> Result<TapPopped, TapError> {
+        let files = self.taps.pop()?.into_iter().map(|(path, recorded)| TapFile {
+            path,
+            frames: recorded.frames,
+            frames_missed: recorded.left_out,
+        });
+        Ok(TapPopped { files: files.collect() })
     }
 
     fn report(&self) -> NodeReport {
@@ -235,7 +262,8 @@ impl Control {
             refused: sessions.iter().filter_map(|s| s.counters.as_ref()).map(|c| c.frames_refused).sum(),
             rebuilds: sum(|drops| &drops.reopened),
         };
-        let link = report::Link { counters: Some(counters), ..self.link.clone() };
+        let taps = self.taps.files().to_vec();
+        let link = report::Link { taps, counters: Some(counters), ..self.link.clone() };
         NodeReport { process, links: vec![link], workers, volumes, sessions }
     }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use cirro_ctl::publish::Publisher;
 use cirro_ctl::stop::Stop;
+use cirro_link::tap::{Exchange, Tap};
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
 use cirro_protocol::time::{Instant, Nanos};
@@ -37,17 +38,24 @@ pub struct Admission {
     pub owner: OwnerRecord,
 }
 
-/// The door to a worker: volumes go in, and the wish to end.
+/// What a worker is told.
+#[derive(Debug)]
+enum Order {
+    Serve(Admission),
+    Tap(Exchange),
+}
+
+/// The door to a worker: volumes go in, what its tap is to record into, and the wish to end.
 #[derive(Clone, Debug)]
 pub struct Door {
-    admissions: Sender<Admission>,
+    orders: Sender<Order>,
     bell: Arc<Bell>,
 }
 
 /// The worker's side of it.
 #[derive(Debug)]
 pub struct Seat {
-    admissions: Receiver<Admission>,
+    orders: Receiver<Order>,
     bell: Arc<Bell>,
 }
 
@@ -66,14 +74,21 @@ pub fn door() -> io::Result<(Door, Seat)> {
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let bell = Arc::new(Bell { fd, rung: AtomicBool::new(false), ending: AtomicBool::new(false) });
     let (sender, receiver) = channel();
-    Ok((Door { admissions: sender, bell: Arc::clone(&bell) }, Seat { admissions: receiver, bell }))
+    Ok((Door { orders: sender, bell: Arc::clone(&bell) }, Seat { orders: receiver, bell }))
 }
 
 impl Door {
     /// Gives the worker a volume.
     pub fn admit(&self, admission: Admission) {
         // A worker that has ended needs no volumes.
-        let _ = self.admissions.send(admission);
+        let _ = self.orders.send(Order::Serve(admission));
+        self.ring();
+    }
+
+    /// Gives the worker's tap what it is to record into.
+    pub fn exchange(&self, exchange: Exchange) {
+        // A worker that has ended drops it, and so answers that it is gone.
+        let _ = self.orders.send(Order::Tap(exchange));
         self.ring();
     }
 
@@ -112,7 +127,10 @@ const TOKEN_BELL: u64 = 3;
 ///
 /// # Errors
 /// The descriptors cannot be waited for.
-pub fn run_worker<L: Link + AsFd>(mut worker: NodeWorker<L, UringStore>, mut place: Place) -> io::Result<()> {
+pub fn run_worker<L: Link + AsFd>(
+    mut worker: NodeWorker<Tap<L>, UringStore>,
+    mut place: Place,
+) -> io::Result<()> {
     let mut waiter = Waiter::new()?;
     waiter.add(worker.link_mut().as_fd(), TOKEN_LINK)?;
     waiter.add(worker.store_mut().as_fd(), TOKEN_STORE)?;
@@ -155,22 +173,30 @@ pub fn run_worker<L: Link + AsFd>(mut worker: NodeWorker<L, UringStore>, mut pla
     }
 }
 
-fn answer_door(worker: &mut NodeWorker<impl Link, UringStore>, seat: &Seat, now: Instant) {
-    while let Ok(Admission { volume, owner }) = seat.admissions.try_recv() {
-        let file = worker.store_mut().attach(volume.store_file());
-        let holder = owner.holder.map_or("nobody".to_owned(), |holder| holder.to_string());
-        info!(
-            "volume {}: {} ({} MiB) is served, {:?} I/O{}, {:?}; epoch {}, held by {holder}",
-            volume.name,
-            volume.path.display(),
-            volume.capacity_sectors / 2048,
-            volume.io,
-            volume.io_note.map_or(String::new(), |why| format!(" ({why})")),
-            volume.durability,
-            owner.vol_epoch
-        );
-        worker.add_volume(now, volume, file, owner);
+fn answer_door(worker: &mut NodeWorker<Tap<impl Link>, UringStore>, seat: &Seat, now: Instant) {
+    while let Ok(order) = seat.orders.try_recv() {
+        match order {
+            Order::Serve(admission) => serve(worker, admission, now),
+            Order::Tap(exchange) => exchange.carry_out(worker.link_mut()),
+        }
     }
+}
+
+fn serve(worker: &mut NodeWorker<impl Link, UringStore>, admission: Admission, now: Instant) {
+    let Admission { volume, owner } = admission;
+    let file = worker.store_mut().attach(volume.store_file());
+    let holder = owner.holder.map_or("nobody".to_owned(), |holder| holder.to_string());
+    info!(
+        "volume {}: {} ({} MiB) is served, {:?} I/O{}, {:?}; epoch {}, held by {holder}",
+        volume.name,
+        volume.path.display(),
+        volume.capacity_sectors / 2048,
+        volume.io,
+        volume.io_note.map_or(String::new(), |why| format!(" ({why})")),
+        volume.durability,
+        owner.vol_epoch
+    );
+    worker.add_volume(now, volume, file, owner);
 }
 
 /// Takes the count out of the eventfds that woke us.
