@@ -289,3 +289,63 @@ pub fn keeper(state: &Arc<crate::state_dir::StateDir>) -> io::Result<(Box<FileKe
     let ready = keeper.ready_fd();
     Ok((Box::new(keeper), ready))
 }
+
+#[cfg(test)]
+mod tests {
+    use cirro_link::memory::pair;
+    use cirro_link::tap::Limits;
+    use cirro_link::taps::Taps;
+    use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+
+    use super::*;
+    use crate::node::{Directory, NodeConfig};
+    use crate::owner::MemoryKeeper;
+
+    /// A node tells the segment of a volume that it begins to serve; so a frame leaves without a request.
+    #[test]
+    fn a_recording_comes_in_by_the_door_and_has_what_left_until_it_was_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, path) = (folder.path().join("v.img"), folder.path().join("a.pcap"));
+        std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let config = NodeConfig {
+            node: Uuid([1; 16]),
+            incarnation: Uuid([2; 16]),
+            secret: [3; 16],
+            random_seed: [4; 16],
+            ethertype: ETHERTYPE_DEFAULT,
+            steer: Steer::new(2, 0),
+            ack_delay_max: Nanos::from_micros(50),
+            write_pool_bytes: 1 << 20,
+            read_pool_bytes: 1 << 20,
+        };
+        let directory = Arc::new(Directory::new(2, [("v".parse().unwrap(), 0)]));
+        let (link, mut far) = pair(1500);
+        let keeper = Box::new(MemoryKeeper::default());
+        let mut worker =
+            NodeWorker::new(config, directory, Tap::new(link), UringStore::new().unwrap(), keeper);
+        let (door, seat) = door().unwrap();
+        let way = door.clone();
+        let mut taps = Taps::new(vec![Box::new(move |exchange| way.exchange(exchange))]);
+        let control = std::thread::spawn(move || {
+            taps.push(&path, Limits::default()).unwrap();
+            let volume = Volume::open(&format!("v={}", image.display()).parse().unwrap()).unwrap();
+            door.admit(Admission { volume, owner: OwnerRecord::default() });
+            std::thread::sleep(Duration::from_millis(100));
+            taps.pop().unwrap().remove(0)
+        });
+        let mut sent = 0;
+        while !control.is_finished() {
+            let now = clock::now();
+            if seat.bell.rung.swap(false, Ordering::AcqRel) {
+                answer_door(&mut worker, &seat, now);
+            }
+            worker.turn(now);
+            sent += std::iter::from_fn(|| far.receive().map(|_| ())).count() as u64;
+        }
+        let (file, recorded) = control.join().unwrap();
+        assert!((1..=sent).contains(&recorded.frames), "{recorded:?}, {sent} frames left");
+        assert_eq!(recorded.left_out, 0);
+        // An IHAVE has 204 bytes (docs/PROTOCOL.md), a record's header 16 and the file's 24.
+        assert_eq!(std::fs::metadata(file).unwrap().len(), 24 + recorded.frames * (16 + 204));
+    }
+}

@@ -9,3 +9,4 @@ mod path;
 mod rig;
 mod sessions;
 mod sharing;
+mod tap;
