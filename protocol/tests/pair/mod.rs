@@ -108,6 +108,8 @@ pub(crate) struct Node {
     pub(crate) runs: u64,
     /// Frames are dropped as if there were no buffer.
     pub(crate) out_of_buffers: bool,
+    /// RELEASE is not answered.
+    pub(crate) hold_release: bool,
     next_cid: u16,
 }
 
@@ -161,6 +163,7 @@ impl Pair {
             executed: HashMap::new(),
             runs: 0,
             out_of_buffers: false,
+            hold_release: false,
             next_cid: 0,
         };
         Pair {
@@ -279,7 +282,9 @@ impl Pair {
             }
             NodeEvent::Run { slot, op, offset, len, .. } => {
                 if op == Op::Release || op == Op::Stat {
-                    target.complete(slot, Status::Ok);
+                    if !self.node.hold_release {
+                        target.complete(slot, Status::Ok);
+                    }
                     return;
                 }
                 self.node.runs += 1;
