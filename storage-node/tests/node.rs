@@ -300,6 +300,24 @@ fn a_failed_flush_is_never_forgotten() {
     assert_eq!(segment.ask(0, Op::Write, 0, vec![1; 512]).0, Status::Ok);
 }
 
+/// P-86 P-87: of two flushes that were asked for together the kernel tells a failure to one. They run one after another, and both fail.
+#[test]
+fn flushes_asked_for_together_fail_together() {
+    let mut segment = opened("");
+    segment.faults.borrow_mut().seen.clear();
+    segment.faults.borrow_mut().hold.push(StoreOp::Flush);
+    segment.faults.borrow_mut().fail.push((StoreOp::Flush, libc::EIO));
+    segment.submit(0, Op::Flush, 0, Vec::new());
+    segment.submit(0, Op::Flush, 0, Vec::new());
+    segment.run_for(Nanos::from_millis(5));
+    assert_eq!(segment.faults.borrow().seen.len(), 1, "one fdatasync at a time");
+    segment.faults.borrow_mut().fail.clear();
+    segment.faults.borrow_mut().hold.clear();
+    segment.run_for(Nanos::from_millis(5));
+    let statuses: Vec<Status> = segment.guests[0].done.iter().map(|(_, status, _)| *status).collect();
+    assert_eq!(statuses, [Status::Io, Status::Io]);
+}
+
 /// P-88: what the store did not do is not answered OK.
 #[test]
 fn errors_of_the_store_are_told_and_cost_no_buffer() {
