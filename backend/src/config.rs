@@ -206,12 +206,12 @@ pub enum Error {
     #[error("--node-key needs --security keys, which is not available in this version: leave it out")]
     KeyUnused,
     /// The file is no TOML, or has settings that do not exist.
-    #[error("cannot understand {path}: {source}")]
+    #[error("cannot understand {path}: {cause}")]
     Syntax {
         /// The file.
         path: PathBuf,
         /// Where and what.
-        source: Box<toml::de::Error>,
+        cause: Box<toml::de::Error>,
     },
     /// A name or address in the file.
     #[error("disk {disk}: {name}: {reason}")]
@@ -260,7 +260,7 @@ impl Config {
         let file = match file {
             None => File::default(),
             Some((path, text)) => toml::from_str(text)
-                .map_err(|source| Error::Syntax { path: path.to_owned(), source: Box::new(source) })?,
+                .map_err(|cause| Error::Syntax { path: path.to_owned(), cause: Box::new(cause) })?,
         };
         match flags.security.or(file.security) {
             Some(Security::Keys) => return Err(Error::Keys),

@@ -291,20 +291,20 @@ pub enum ListenError {
     #[error("{0} exists and is no socket: remove it, or choose another --socket-path")]
     NoSocket(PathBuf),
     /// The system refused.
-    #[error("cannot listen on {path}: {source}; is its directory there and writable?")]
+    #[error("cannot listen on {path}: {cause}; is its directory there and writable?")]
     Io {
         /// Where.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The descriptor is unfit.
-    #[error("cannot use --fd {fd}: {source}")]
+    #[error("cannot use --fd {fd}: {cause}")]
     Descriptor {
         /// Its number.
         fd: i32,
         /// What it is.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -317,11 +317,11 @@ impl Listening {
         match socket {
             Socket::Fd(fd) => inherited::listener(*fd)
                 .map(|listener| Listening { listener, path: None })
-                .map_err(|source| ListenError::Descriptor { fd: *fd, source }),
+                .map_err(|cause| ListenError::Descriptor { fd: *fd, cause }),
             Socket::Path(path) => {
                 remove_stale(path)?;
                 let listener = UnixListener::bind(path);
-                let listener = listener.map_err(|source| ListenError::Io { path: path.clone(), source })?;
+                let listener = listener.map_err(|cause| ListenError::Io { path: path.clone(), cause })?;
                 Ok(Listening { listener, path: Some(path.clone()) })
             }
         }
@@ -338,7 +338,7 @@ impl Drop for Listening {
 }
 
 fn remove_stale(path: &Path) -> Result<(), ListenError> {
-    let failed = |source| ListenError::Io { path: path.to_owned(), source };
+    let failed = |cause| ListenError::Io { path: path.to_owned(), cause };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),

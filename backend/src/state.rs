@@ -23,14 +23,14 @@ pub struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused.
-    #[error("cannot {doing} {path}: {source}; give a directory that can be written with --state-dir")]
+    #[error("cannot {doing} {path}: {cause}; give a directory that can be written with --state-dir")]
     Io {
         /// What was tried.
         doing: &'static str,
         /// On what.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Another process has the disk.
     #[error(
@@ -68,7 +68,7 @@ impl State {
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: lock_path }),
-            Err(TryLockError::Error(source)) => return Err(io_error("lock", &lock_path)(source)),
+            Err(TryLockError::Error(cause)) => return Err(io_error("lock", &lock_path)(cause)),
         }
         let attachment = match read(&dir.join("attachment"))? {
             Some(text) => parse_uuid(&text).ok_or_else(|| Error::Damaged { path: dir.join("attachment") })?,
@@ -98,7 +98,7 @@ impl State {
 
 fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
-    move |source| Error::Io { doing, path, source }
+    move |cause| Error::Io { doing, path, cause }
 }
 
 fn read(path: &Path) -> Result<Option<String>, Error> {

@@ -35,13 +35,13 @@ pub enum TapError {
     Relative(PathBuf),
     /// The system refused.
     #[error(
-        "cannot make {}: {source}; name a file that does not exist, in a directory that the daemon may write to", .path.display()
+        "cannot make {}: {cause}; name a file that does not exist, in a directory that the daemon may write to", .path.display()
     )]
     Create {
         /// Which file.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It is stuck, or at its end.
     #[error("worker {0} does not answer: its frames are not recorded; is the process ending?")]
@@ -84,9 +84,9 @@ impl Taps {
         for file in &files {
             match Recording::create(file, limits) {
                 Ok(recording) => recordings.push(Some(recording)),
-                Err(source) => {
+                Err(cause) => {
                     remove(&files[..recordings.len()]);
-                    return Err(TapError::Create { path: file.clone(), source });
+                    return Err(TapError::Create { path: file.clone(), cause });
                 }
             }
         }

@@ -77,7 +77,7 @@ struct Claim {
 impl Group {
     /// A group with its ports open and waiting, and its process number.
     pub(super) fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(Group, u16), OpenError> {
-        let failed = |source| OpenError::kernel("epoll", interface, source);
+        let failed = |cause| OpenError::kernel("epoll", interface, cause);
         let group = Group {
             interface: interface.to_owned(),
             ethertype,
@@ -165,14 +165,14 @@ impl Group {
     }
 
     fn failed(&self, step: &'static str) -> impl FnOnce(io::Error) -> OpenError {
-        move |source| OpenError::kernel(step, &self.interface, source)
+        move |cause| OpenError::kernel(step, &self.interface, cause)
     }
 
     /// Opens a port for every worker, in order, and leaves them waiting. A worker that sleeps is woken by the first frame on its new port.
     fn open_ports(&self, opening: &mut Opening) -> Result<u16, OpenError> {
         let asked = self.new_socket()?;
         let index = sys::interface_index(asked.as_fd(), &self.interface)
-            .map_err(|source| OpenError::NoInterface { interface: self.interface.clone(), source })?;
+            .map_err(|cause| OpenError::NoInterface { interface: self.interface.clone(), cause })?;
         let process = self.claim_process(opening, index)?;
         let mut ports = Vec::with_capacity(usize::from(self.workers));
         let mut group = None;

@@ -39,12 +39,12 @@ pub const WORKERS_MAX: u16 = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// There is no such interface.
-    #[error("no interface named {interface}: {source}")]
+    #[error("no interface named {interface}: {cause}")]
     NoInterface {
         /// Its name.
         interface: String,
         /// What the kernel says.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Its MTU is outside what the protocol carries.
     #[error(
@@ -72,20 +72,20 @@ pub enum OpenError {
         interface: String,
     },
     /// The kernel refused a step.
-    #[error("{step} on interface {interface}: {source}")]
+    #[error("{step} on interface {interface}: {cause}")]
     Kernel {
         /// What was tried.
         step: &'static str,
         /// The interface.
         interface: String,
         /// What the kernel says.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
 impl OpenError {
-    fn kernel(step: &'static str, interface: &str, source: io::Error) -> OpenError {
-        OpenError::Kernel { step, interface: interface.to_owned(), source }
+    fn kernel(step: &'static str, interface: &str, cause: io::Error) -> OpenError {
+        OpenError::Kernel { step, interface: interface.to_owned(), cause }
     }
 }
 
