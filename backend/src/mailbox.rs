@@ -147,6 +147,11 @@ impl Awaited {
     pub fn wait(self) -> Option<Answer> {
         self.0.recv_timeout(ANSWER_TIME).ok()
     }
+
+    /// The answer, if it is there already: for who takes the worker's turns itself.
+    pub fn look(&self) -> Option<Answer> {
+        self.0.try_recv().ok()
+    }
 }
 
 /// A new mailbox.

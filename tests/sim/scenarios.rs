@@ -1,0 +1,101 @@
+//! Named scenarios: what was found once, and what must never be found. Each is a script over a quiet run, so that it stays what it is when the generator of runs
+//! changes.
+
+use cirro_protocol::time::Nanos;
+
+use crate::guest::RingOptions;
+use crate::host::DiskOptions;
+use crate::options::{May, Options};
+use crate::wire::Weather;
+use crate::world::{Outcome, World};
+use crate::{logger, quiet_kills};
+
+const CUT: fn() -> Weather = || Weather { cut: true, ..Weather::default() };
+
+fn ring(size: u16, depth: usize) -> RingOptions {
+    RingOptions { size, depth, event_idx: true, garbage: 0, flushes: 8, big: 0, meddling: 0, discards: true }
+}
+
+/// One host with one disk of one ring, one volume, and nothing that happens by itself.
+fn plain(seed: u64) -> Options {
+    let disk = DiskOptions {
+        volume: 0,
+        rings: vec![ring(64, 16)],
+        requests: 400,
+        write_through: false,
+        take_over: false,
+    };
+    Options {
+        mtu: 9000,
+        volumes: 1,
+        write_through: false,
+        hosts: vec![vec![disk]],
+        think_max: Nanos::from_micros(200),
+        may: May::default(),
+        ..Options::quiet(seed)
+    }
+}
+
+fn world(options: Options) -> World {
+    logger::install(false);
+    logger::begin();
+    quiet_kills();
+    World::new(options, false)
+}
+
+/// Runs a script over some seeds; each must end well.
+fn play(options: impl Fn(u64) -> Options, script: impl Fn(&mut World)) {
+    for seed in 1..=20 {
+        let mut world = world(options(seed));
+        script(&mut world);
+        let Outcome { violation, requests, .. } = world.finish();
+        assert!(violation.is_none(), "seed {seed}: {}", violation.expect("just looked"));
+        assert!(requests > 100, "seed {seed}: the guest was served");
+    }
+}
+
+fn millis(count: u64) -> Nanos {
+    Nanos::from_millis(count)
+}
+
+#[test]
+fn one_seed_is_one_run() {
+    let run = || world(Options::of(5)).run();
+    let (one, two) = (run(), run());
+    assert_eq!((one.hash, one.requests, one.turns), (two.hash, two.requests, two.turns));
+    assert_ne!(one.hash, world(Options::of(6)).run().hash);
+}
+
+#[test]
+fn nothing_goes_wrong_where_nothing_happens() {
+    play(plain, |world| world.run_for(millis(500)));
+}
+
+/// A driver that begins anew while its requests wait for a node that is away is not given the requests of before: P-95.
+#[test]
+fn a_reset_while_the_node_is_away_leaves_nothing_of_the_old_ring() {
+    play(plain, |world| {
+        world.run_for(millis(25));
+        world.set_weather((0, 1), CUT());
+        world.set_weather((1, 0), CUT());
+        world.reset_rings(0, true);
+        world.run_for(millis(2_100));
+        // From now on a stop does not wait for the node.
+        for _ in 0..20 {
+            world.reset_rings(0, true);
+            world.run_for(Nanos::from_micros(300));
+        }
+    });
+}
+
+/// P-75 P-84: a node that is killed under load is a pause.
+#[test]
+fn a_node_killed_under_load_is_a_pause() {
+    play(plain, |world| {
+        for _ in 0..10 {
+            world.run_for(millis(15));
+            world.kill(0, "by the script");
+            world.run_for(millis(40));
+        }
+    });
+}
