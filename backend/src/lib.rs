@@ -11,6 +11,7 @@ pub mod disk;
 pub mod guest_memory;
 pub mod inherited;
 pub mod mailbox;
+pub mod mapped;
 pub mod pending;
 pub mod report;
 pub mod request;
