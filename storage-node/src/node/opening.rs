@@ -56,7 +56,7 @@ impl<S: Store> Node<S> {
             let front = served.openings.front_mut().filter(|front| front.stage == Stage::Keeping);
             let front = front.expect("a record is kept for the first of the openings");
             if kept {
-                served.owner = keeping.record;
+                (served.owner, served.refused) = (keeping.record, None);
                 front.stage = Stage::Draining { before: served.next_change };
                 self.advance_openings(now, volume);
             } else {
@@ -114,9 +114,11 @@ impl<S: Store> Node<S> {
                     }
                     Claim::Busy(holder) => {
                         let epoch = served.owner.vol_epoch;
-                        warn!(
-                            "volume {name}: attachment {attachment} wants it, but {holder} holds it in epoch {epoch}"
-                        );
+                        if served.refused.replace(attachment) != Some(attachment) {
+                            warn!(
+                                "volume {name}: attachment {attachment} wants it, but {holder} holds it in epoch {epoch}"
+                            );
+                        }
                         return Step::Answer(Status::Busy);
                     }
                 }
