@@ -1,8 +1,11 @@
 # Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-install lint fuzz bench doc
+.PHONY: help demo test test-install lint sim mutants fuzz bench doc
 
 MINUTES ?= 1
+FROM ?= 1
+COUNT ?= 1000
+SIM = $${CARGO_TARGET_DIR:-target}/sim/cirro-sim
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -18,6 +21,14 @@ test-install: ## Install the Debian packages that the tests need.
 
 lint: ## Formatting, clippy and shellcheck; warnings are errors.
 	tests/lint.sh
+
+sim: ## Run the simulator: SEED=n repeats one run and tells of it, else COUNT=n runs from FROM=n.
+	cargo build --quiet --profile sim --locked -p cirro-tests --bin cirro-sim
+	$(SIM) $(if $(SEED),--seed $(SEED),--from $(FROM) --count $(COUNT)) $(if $(TRACE),--trace)
+
+mutants: ## Plant deliberate bugs in a copy and see the simulator find each (15 minutes).
+	cargo build --quiet --profile sim --locked -p cirro-tests --bin cirro-sim
+	$(SIM) --mutants
 
 fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))

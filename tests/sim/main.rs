@@ -7,6 +7,7 @@ mod guest;
 mod host;
 mod logger;
 mod machine;
+mod mutants;
 mod options;
 mod oracle;
 #[cfg(test)]
@@ -54,6 +55,9 @@ struct Flags {
     /// Show every log line and every frame of the run (with --seed).
     #[arg(long)]
     trace: bool,
+    /// Plant deliberate bugs, those of tests/sim/mutants.toml whose names contain TEXT, and see whether they are found.
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", conflicts_with = "seed")]
+    mutants: Option<String>,
     /// Run the row in this process and print a line a seed.
     #[arg(long, hide = true)]
     child: bool,
@@ -72,6 +76,16 @@ struct Sum {
 fn main() -> ExitCode {
     let flags = Flags::parse();
     quiet_kills();
+    if let Some(only) = &flags.mutants {
+        return match mutants::run(only, &flags.without) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => {
+                eprintln!("cirro-sim: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match flags.seed {
         Some(seed) => run_one(seed, &flags),
         None if flags.child => run_row(&flags),
