@@ -33,6 +33,11 @@ mutants: ## Plant deliberate bugs in a copy and see the simulator find each (15 
 fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))
 
+crash-test: ## A guest works on while both daemons are killed 20 times each and the wire is cut, in both modes.
+	cargo build --release --quiet --locked -p cirro-node -p cirro-backend -p cirro-ctl
+	qemu/crash-test.sh --kills 20 --mode write-through
+	qemu/crash-test.sh --kills 20 --mode write-back
+
 bench: ## Measure, beside other ways to the same disk; writes docs/PERFORMANCE.md.
 	tests/bench/run.sh
 

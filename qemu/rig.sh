@@ -1,13 +1,15 @@
 # shellcheck shell=bash
 # Two hosts on one machine, the daemons on them, a guest on the disk, and the proof on the storage side.
 #
-# It is sourced after lib.sh by demo.sh and guest-test.sh, which set the variables below and then call the functions
+# It is sourced after lib.sh by demo.sh, guest-test.sh and crash-test.sh, which set the variables below and then call the functions
 # in the order of this file. A host is a network namespace; its only interface is its end of a veth pair, so names cannot
 # clash with anything of the machine. It knows the daemons' command lines and nothing of their inside.
 
 # What the callers choose. BIN_DIR holds the daemons; sizes are in MiB and explained in guest/disk-work.sh.
 BIN_DIR='' MTU=9000 LOSS_PERCENT=0 VCPUS=2 QUEUES='' GUEST_TIMEOUT_S=200
 FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
+# More of the volume's description at the node: `,KEY=VALUE`.
+VOLUME_OPTIONS=''
 
 NODE_NS=cirro-node-$$
 BACKEND_NS=cirro-backend-$$
@@ -15,7 +17,9 @@ INTERFACE=wire
 VOLUME=demo
 # Files of the run: made in rig_up.
 WORK='' RAW='' REPORT='' DISK_MIB=''
-NODE_PID='' BACKEND_PID=''
+NODE_PID='' BACKEND_PID='' GUEST_PID=''
+# More arguments for run-guest.sh.
+GUEST_OPTIONS=()
 
 # rig_up: the working directory, the namespaces, the wire and, if asked for, its losses.
 rig_up() {
@@ -60,23 +64,40 @@ daemon_failed() {
   die "$1 $2"
 }
 
-# start_daemon NAME NAMESPACE SOCKET ARGUMENTS...: leaves the process id in STARTED_PID when SOCKET is there.
+# start_daemon NAME NAMESPACE ARGUMENTS...: leaves the process id in STARTED_PID. What it prints is added to its log.
 start_daemon() {
-  local name=$1 ns=$2 socket=$3
+  local name=$1 ns=$2
   [[ -x $BIN_DIR/$name ]] || die "there is no $BIN_DIR/$name: run cargo build --release first"
-  ip netns exec "$ns" "$BIN_DIR/$name" "${@:4}" >"$WORK/$name.log" 2>&1 &
+  ip netns exec "$ns" "$BIN_DIR/$name" "${@:3}" --link "$INTERFACE" --security none >>"$WORK/$name.log" 2>&1 &
   STARTED_PID=$!
-  undo stop_process "$STARTED_PID"
-  wait_for_socket "$socket" "$STARTED_PID" 15 || daemon_failed "$name" "did not open $socket within 15 s"
+}
+
+start_node() {
+  start_daemon cirro-node "$NODE_NS" --volume "$VOLUME=$RAW$VOLUME_OPTIONS" --state-dir "$WORK/node" --ctl-socket "$WORK/node.ctl"
+  NODE_PID=$STARTED_PID
+}
+
+start_backend() {
+  local run_dir=()
+  # A daemon without the record of what is in flight knows no such option.
+  ! "$BIN_DIR/cirro-backend" --help | grep -q -- --run-dir || run_dir=(--run-dir "$WORK/run")
+  start_daemon cirro-backend "$BACKEND_NS" --socket-path "$WORK/disk.sock" --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" \
+    --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}"
+  BACKEND_PID=$STARTED_PID
+}
+
+# end_daemons: whichever processes are the daemons then.
+end_daemons() {
+  local pid
+  for pid in $BACKEND_PID $NODE_PID; do stop_process "$pid"; done
 }
 
 start_daemons() {
-  start_daemon cirro-node "$NODE_NS" "$WORK/node.ctl" --link "$INTERFACE" --volume "$VOLUME=$RAW" --security none \
-    --state-dir "$WORK/node" --ctl-socket "$WORK/node.ctl"
-  NODE_PID=$STARTED_PID
-  start_daemon cirro-backend "$BACKEND_NS" "$WORK/disk.sock" --socket-path "$WORK/disk.sock" --link "$INTERFACE" \
-    --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" --security none --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl"
-  BACKEND_PID=$STARTED_PID
+  undo end_daemons
+  start_node
+  wait_for_socket "$WORK/node.ctl" "$NODE_PID" 15 || daemon_failed cirro-node "did not open its control socket within 15 s"
+  start_backend
+  wait_for_socket "$WORK/disk.sock" "$BACKEND_PID" 15 || daemon_failed cirro-backend "did not open its socket within 15 s"
 }
 
 # show_progress: what the guest reports, for a person; the checksums of single files are not.
@@ -92,23 +113,20 @@ show_progress() {
   done
 }
 
-# run_disk_work: the guest does guest/disk-work.sh. What it reported is in REPORT. It runs beside this shell, which only
-# waits, so that a signal ends the run at once.
-run_disk_work() {
-  local status=0 guest_pid progress_pid
+# start_guest SCRIPT [NAME=VALUE]...: boots it beside this shell, which goes on, so that a signal ends the run at once. What it
+# reports comes into REPORT.
+start_guest() {
   : >"$REPORT"
   "$QEMU_DIR/run-guest.sh" --socket "$WORK/disk.sock" --netns "$BACKEND_NS" --vcpus "$VCPUS" --queues "${QUEUES:-$VCPUS}" \
-    --timeout "$GUEST_TIMEOUT_S" --console "$WORK/console.log" "$QEMU_DIR/guest/disk-work.sh" FS_MIB="$FS_MIB" \
-    HOLE_MIB="$HOLE_MIB" FIO_MIB="$FIO_MIB" JOBS="$VCPUS" TREE="$TREE" >"$REPORT" 2>"$WORK/qemu.log" &
-  guest_pid=$!
-  undo stop_process "$guest_pid"
-  tail -s 0.1 --pid="$guest_pid" -n +1 -f "$REPORT" | show_progress &
-  progress_pid=$!
-  while runs "$guest_pid" && runs "$NODE_PID" && runs "$BACKEND_PID"; do sleep 0.2; done
-  runs "$NODE_PID" || daemon_failed cirro-node "ended while the guest was at work"
-  runs "$BACKEND_PID" || daemon_failed cirro-backend "ended while the guest was at work"
-  wait "$guest_pid" || status=$?
-  wait "$progress_pid" || true
+    --timeout "$GUEST_TIMEOUT_S" --console "$WORK/console.log" "${GUEST_OPTIONS[@]}" "$@" >"$REPORT" 2>"$WORK/qemu.log" &
+  GUEST_PID=$!
+  undo stop_process "$GUEST_PID"
+}
+
+# guest_ended: waits for the guest, and fails with what it said if it did.
+guest_ended() {
+  local status=0
+  wait "$GUEST_PID" || status=$?
   ((status == 0)) && return
   cat "$WORK/qemu.log" >&2
   show_tail "the guest's console" "$WORK/console.log"
@@ -116,6 +134,19 @@ run_disk_work() {
   show_tail cirro-backend "$WORK/cirro-backend.log"
   ((status != 124)) || die "the guest was not done after $GUEST_TIMEOUT_S s"
   die "the guest's work on the disk failed ($(sed -n 's/^failed //p' "$REPORT"), exit $status)"
+}
+
+# run_disk_work: the guest does guest/disk-work.sh, while both daemons live.
+run_disk_work() {
+  local progress_pid
+  start_guest "$QEMU_DIR/guest/disk-work.sh" FS_MIB="$FS_MIB" HOLE_MIB="$HOLE_MIB" FIO_MIB="$FIO_MIB" JOBS="$VCPUS" TREE="$TREE"
+  tail -s 0.1 --pid="$GUEST_PID" -n +1 -f "$REPORT" | show_progress &
+  progress_pid=$!
+  while runs "$GUEST_PID" && runs "$NODE_PID" && runs "$BACKEND_PID"; do sleep 0.2; done
+  runs "$NODE_PID" || daemon_failed cirro-node "ended while the guest was at work"
+  runs "$BACKEND_PID" || daemon_failed cirro-backend "ended while the guest was at work"
+  wait "$progress_pid" || true
+  guest_ended
 }
 
 # ask_stats NAME: keeps what a daemon counted, told over its control socket while it still runs.
@@ -140,13 +171,18 @@ check_loss() {
   (($(frames_dropped "$NODE_NS") > 0 && $(frames_dropped "$BACKEND_NS") > 0)) || die "nft dropped nothing at $LOSS_PERCENT % loss"
 }
 
-# check_volume: the node's raw file, read by nobody's code but e2fsprogs, holds what the guest wrote.
-check_volume() {
-  local from_byte=$((FS_MIB << 20)) area_bytes=$((2 * HOLE_MIB << 20))
+# check_file_system: e2fsck finds nothing in the node's raw file.
+check_file_system() {
   e2fsck -f -n "$RAW" >"$WORK/e2fsck.log" 2>&1 || {
     show_tail "e2fsck -f -n $RAW" "$WORK/e2fsck.log"
     die "the node's file holds no clean ext4"
   }
+}
+
+# check_volume: the node's raw file, read by nobody's code but e2fsprogs, holds what the guest wrote.
+check_volume() {
+  local from_byte=$((FS_MIB << 20)) area_bytes=$((2 * HOLE_MIB << 20))
+  check_file_system
   mkdir "$WORK/dump"
   debugfs -R "rdump /tree $WORK/dump" "$RAW" >"$WORK/debugfs.log" 2>&1
   sed -n 's/^file \([0-9a-f]*\) /\1  /p' "$REPORT" >"$WORK/sums.guest"

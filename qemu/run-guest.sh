@@ -10,8 +10,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
-                    [--console FILE] [--accel kvm|tcg] SCRIPT [NAME=VALUE]..."
-SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' ACCEL=''
+                    [--console FILE] [--input PIPE] [--accel kvm|tcg] SCRIPT [NAME=VALUE]..."
+SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' INPUT='' ACCEL=''
 SCRIPT='' VARIABLES=()
 QEMU=${QEMU:-qemu-system-x86_64}
 
@@ -32,6 +32,7 @@ parse() {
       --memory) MEMORY_MIB=$2 ;;
       --timeout) TIMEOUT_S=$2 ;;
       --console) CONSOLE=$2 ;;
+      --input) INPUT=$2 ;;
       --accel) ACCEL=$2 ;;
       *) usage_error ;;
     esac
@@ -75,6 +76,8 @@ qemu_arguments() {
     -fw_cfg "name=opt/cirro/script,file=$1/script"
     -serial "file:$CONSOLE" -serial "file:$1/report"
   )
+  # What is written into INPUT.in comes out of the guest's third serial port; INPUT.out has to be there too.
+  [[ -z $INPUT ]] || ARGUMENTS+=(-serial "pipe:$INPUT")
   [[ -z $SOCKET ]] || ARGUMENTS+=(
     -chardev "socket,id=disk,path=$SOCKET,$reconnect"
     -device "vhost-user-blk-pci,chardev=disk,num-queues=$QUEUES"
