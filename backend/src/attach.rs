@@ -1,6 +1,7 @@
 //! Where the vhost side waits for a disk's volume: it can say nothing of the device before a node has described the volume.
 //!
-//! Knows nothing of either side. The worker writes it when a volume was opened, which is rare; `server` waits on it.
+//! Knows nothing of either side. The worker writes it when a volume was opened, which is rare; `server` waits on it. What an earlier process was told is
+//! enough for a front-end that comes back while no node is there: it would wait in the handshake, and its guest with it.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -12,9 +13,20 @@ use cirro_protocol::wire::body::VolumeInfo;
 pub struct Attach {
     info: Mutex<Option<VolumeInfo>>,
     changed: Condvar,
+    remembered: Option<VolumeInfo>,
 }
 
 impl Attach {
+    /// Nothing was heard of the volume yet, but an earlier process may have known it.
+    pub fn new(remembered: Option<VolumeInfo>) -> Attach {
+        Attach { remembered, ..Attach::default() }
+    }
+
+    /// The volume as an earlier process offered it to a front-end.
+    pub fn remembered(&self) -> Option<VolumeInfo> {
+        self.remembered
+    }
+
     /// A node serves the volume, and this is what it is.
     pub fn set(&self, info: VolumeInfo) {
         *self.lock() = Some(info);

@@ -24,6 +24,9 @@ pub const POLL_US_MAX: u32 = 1_000_000;
 /// Where state is kept unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/cirrostratus/backend";
 
+/// Where the record of what is in flight is kept unless told otherwise: on tmpfs, where no store waits for a device.
+pub const RUN_DIR_DEFAULT: &str = "/run/cirrostratus/backend";
+
 /// What `--print-capabilities` says: QEMU's vhost-user back-end program conventions, block devices.
 pub const CAPABILITIES: &str = "{\n  \"type\": \"block\",\n  \"features\": [\n    \"read-only\"\n  ]\n}";
 
@@ -76,6 +79,9 @@ pub struct Flags {
     /// Keep each disk's identity here [default: /var/lib/cirrostratus/backend].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+    /// Keep what outlives the process, but not the machine, here [default: /run/cirrostratus/backend].
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
     /// Serve cirroctl on this unix socket.
     #[arg(long, value_name = "PATH")]
     pub ctl_socket: Option<PathBuf>,
@@ -106,6 +112,7 @@ struct File {
     workers: Option<u16>,
     poll_us: Option<u32>,
     state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
     ctl_socket: Option<PathBuf>,
     #[serde(default, rename = "disk")]
     disks: Vec<FileDisk>,
@@ -138,6 +145,8 @@ pub struct Config {
     pub poll_us: u32,
     /// Where state is kept.
     pub state_dir: PathBuf,
+    /// Where the record of what is in flight is kept.
+    pub run_dir: PathBuf,
     /// Where cirroctl finds us.
     pub ctl_socket: Option<PathBuf>,
     /// The disks, at least one.
@@ -287,6 +296,7 @@ impl Config {
             workers,
             poll_us,
             state_dir: flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into()),
+            run_dir: flags.run_dir.clone().or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
             ctl_socket: flags.ctl_socket.clone().or(file.ctl_socket),
             disks,
         })
@@ -384,7 +394,7 @@ mod tests {
     #[test]
     fn the_stable_command_line_is_understood() {
         let line = "--socket-path /run/a.sock --link eth1 --volume vm-1 --node 02:00:5e:10:00:01 --read-only --queues 4 --queue-size 128 \
-                    --security none --poll-us 5 --take-over --state-dir /tmp/s --ctl-socket /tmp/c --workers 2";
+                    --security none --poll-us 5 --take-over --state-dir /tmp/s --run-dir /tmp/r --ctl-socket /tmp/c --workers 2";
         let config = parse(line, None).unwrap();
         let disk = &config.disks[0];
         assert_eq!((config.link.as_str(), config.workers, config.poll_us), ("eth1", 2, 5));
@@ -392,7 +402,10 @@ mod tests {
         assert_eq!(disk.node.unwrap().0, [2, 0, 0x5e, 0x10, 0, 1]);
         assert!(disk.read_only && disk.take_over);
         assert_eq!((disk.queues, disk.queue_size), (4, 128));
-        assert_eq!(config.state_dir, Path::new("/tmp/s"));
+        assert_eq!(
+            (config.state_dir.as_path(), config.run_dir.as_path()),
+            (Path::new("/tmp/s"), Path::new("/tmp/r"))
+        );
     }
 
     #[test]

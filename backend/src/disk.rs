@@ -18,9 +18,10 @@ use crate::attach::Attach;
 use crate::guest_memory::{GuestMemory, Outside, PrivateCopies, Regions};
 use crate::mailbox::{Answer, Change, Reply};
 use crate::pending::{Admission, Finished, Pending};
+use crate::record::Record;
 use crate::request::{Chain, Limits, Reject, Request};
 use crate::stats::{DiskStats, SessionReport};
-use crate::virtqueue::{Parked, ServedRing, Stopping};
+use crate::virtqueue::{ServedRing, Started, Stopping};
 
 /// Heads taken off one ring in a turn: fairness between rings and disks.
 pub const HEADS_PER_TURN_MAX: usize = 32;
@@ -41,6 +42,8 @@ pub struct DiskConfig {
     pub initiator: Initiator,
     /// Where the vhost side waits for the volume.
     pub attach: Arc<Attach>,
+    /// What is in flight on its rings, with a place for each.
+    pub record: Record,
     /// Its counters.
     pub stats: Arc<DiskStats>,
 }
@@ -54,13 +57,6 @@ pub enum KickChange {
     Forget(u16),
 }
 
-/// The place of a ring.
-#[derive(Debug, Default)]
-struct RingPlace {
-    served: Option<ServedRing>,
-    parked: Option<Parked>,
-}
-
 /// A disk.
 pub struct Disk {
     volume: VolumeName,
@@ -70,7 +66,9 @@ pub struct Disk {
     attach: Arc<Attach>,
     stats: Arc<DiskStats>,
     memory: GuestMemory,
-    rings: Vec<RingPlace>,
+    /// The rings that are served, by number.
+    rings: Vec<Option<ServedRing>>,
+    record: Record,
     pending: Pending,
     info: VolumeInfo,
     limits: Limits,
@@ -89,14 +87,15 @@ pub struct Disk {
 impl Disk {
     /// A disk without rings.
     pub fn new(config: DiskConfig) -> Disk {
-        Disk {
+        let mut disk = Disk {
             volume: config.volume,
             read_only: config.read_only,
             initiator: config.initiator,
             attach: config.attach,
+            record: config.record,
             stats: config.stats,
             memory: GuestMemory::default(),
-            rings: (0..config.queues).map(|_| RingPlace::default()).collect(),
+            rings: (0..config.queues).map(|_| None).collect(),
             pending: Pending::default(),
             info: VolumeInfo::default(),
             limits: Limits::default(),
@@ -107,22 +106,27 @@ impl Disk {
             first_ring: 0,
             chain: Chain::default(),
             kick_changes: Vec::new(),
+        };
+        if let Some(info) = disk.attach.remembered() {
+            // Until the node says that it is still so, no write counts as stable without a flush.
+            disk.adopt(VolumeInfo { flags: info.flags & !VOLUME_WRITE_THROUGH, ..info });
         }
+        disk
     }
 
     /// Takes a command from the vhost side. Runs between turns.
     pub fn obey(&mut self, now: Instant, change: Change, reply: Reply) {
         match change {
             Change::Start { ring, queue, kick, call } => {
-                if self.rings[usize::from(ring)].served.is_some() {
+                if self.rings[usize::from(ring)].is_some() {
                     // The front-end did not wait for the end of the last stop.
                     let unfinished = self.give_up(now, ring);
-                    self.end_ring(ring, unfinished);
+                    self.end_ring(ring, &unfinished);
                 }
-                let place = &mut self.rings[usize::from(ring)];
-                let served = ServedRing::start(&self.memory, queue, call, place.parked.take());
+                let (served, started) = ServedRing::start(&self.memory, queue, call, self.record.ring(ring));
+                self.log_start(ring, started);
                 served.call();
-                place.served = Some(served);
+                self.rings[usize::from(ring)] = Some(served);
                 self.kick_changes.push(KickChange::Watch(ring, kick));
                 self.choose_access();
                 reply.give(Answer::Done);
@@ -156,14 +160,34 @@ impl Disk {
         }
     }
 
+    fn log_start(&self, ring: u16, started: Started) {
+        if started.again > 0 {
+            log::info!(
+                "volume {}: ring {ring} goes on where it stopped; {} requests are issued again",
+                self.volume,
+                started.again
+            );
+        }
+        match started.discarded {
+            Some((other, in_flight @ 1..)) => log::info!(
+                "volume {}: ring {ring} begins anew; {in_flight} requests that were recorded in flight are discarded: {other}",
+                self.volume
+            ),
+            Some((other, _)) => {
+                log::debug!("volume {}: ring {ring} begins anew; its record: {other}", self.volume);
+            }
+            None => {}
+        }
+    }
+
     fn change_ring(&mut self, ring: u16, change: impl FnOnce(&mut ServedRing)) {
-        if let Some(served) = &mut self.rings[usize::from(ring)].served {
+        if let Some(served) = &mut self.rings[usize::from(ring)] {
             change(served);
         }
     }
 
     fn choose_access(&mut self) {
-        let write = self.rings.iter().any(|place| place.served.is_some()) && !self.limits.read_only;
+        let write = self.rings.iter().any(Option::is_some) && !self.limits.read_only;
         self.initiator.set_access(if write { Access::ReadWrite } else { Access::ReadOnly });
     }
 
@@ -191,7 +215,7 @@ impl Disk {
     }
 
     fn change_ring_with_memory(&mut self, ring: u16, change: impl FnOnce(&mut ServedRing, &GuestMemory)) {
-        if let Some(served) = &mut self.rings[usize::from(ring)].served {
+        if let Some(served) = &mut self.rings[usize::from(ring)] {
             change(served, &self.memory);
         }
     }
@@ -204,7 +228,7 @@ impl Disk {
             node: self.initiator.node_address(),
             stats: self.initiator.stats(),
             requests: self.pending.len(),
-            rings: self.rings.iter().filter(|place| place.served.is_some()).count(),
+            rings: self.rings.iter().flatten().count(),
         }
     }
 
@@ -249,6 +273,21 @@ impl Disk {
     }
 
     fn set_info(&mut self, info: VolumeInfo) {
+        if self.attach.get().is_none()
+            && self.attach.remembered().is_some_and(|was| was.capacity_sectors != info.capacity_sectors)
+        {
+            log::warn!(
+                "volume {}: has {} sectors now, not the {} that a guest may have been told; restart the guest",
+                self.volume,
+                info.capacity_sectors,
+                self.info.capacity_sectors
+            );
+        }
+        self.adopt(info);
+        self.attach.set(info);
+    }
+
+    fn adopt(&mut self, info: VolumeInfo) {
         self.info = info;
         self.limits = Limits {
             capacity_sectors: info.capacity_sectors,
@@ -257,7 +296,6 @@ impl Disk {
             write_zeroes: info.flags & VOLUME_WRITE_ZEROES != 0,
         };
         self.pending.set_part_bytes_max(info.request_bytes_max);
-        self.attach.set(info);
     }
 
     /// Told once per answer: the node is asked again and again.
@@ -355,7 +393,7 @@ impl Disk {
 
     /// Takes one request off a ring; false when there is none.
     fn accept_one(&mut self, now: Instant, ring: u16) -> bool {
-        let Some(served) = &mut self.rings[usize::from(ring)].served else { return false };
+        let Some(served) = &mut self.rings[usize::from(ring)] else { return false };
         let head = match served.take(&self.memory) {
             Ok(Some(head)) => head,
             Ok(None) => return false,
@@ -458,8 +496,8 @@ impl Disk {
 
     /// Step 6 of a turn: one signal per ring, if its guest wants one.
     pub fn signal(&mut self) {
-        for place in &mut self.rings {
-            if place.served.as_mut().is_some_and(|served| served.signal(&self.memory)) {
+        for served in self.rings.iter_mut().flatten() {
+            if served.signal(&self.memory) {
                 self.stats.interrupts.add(1);
             }
         }
@@ -467,7 +505,7 @@ impl Disk {
 
     fn begin_stop(&mut self, now: Instant, ring: u16, reply: Reply) {
         let deadline = if self.stalled { now } else { now + STOP_TIME };
-        match &mut self.rings[usize::from(ring)].served {
+        match &mut self.rings[usize::from(ring)] {
             Some(served) => {
                 served.stopping = Some(Stopping { deadline, reply });
                 self.kick_changes.push(KickChange::Forget(ring));
@@ -480,13 +518,13 @@ impl Disk {
     pub fn end_stops(&mut self, now: Instant) -> bool {
         let mut ended = false;
         for ring in 0..self.rings.len() as u16 {
-            let Some(served) = &self.rings[usize::from(ring)].served else { continue };
+            let Some(served) = &self.rings[usize::from(ring)] else { continue };
             let Some(stopping) = &served.stopping else { continue };
             if served.live() == 0 {
-                self.end_ring(ring, Vec::new());
+                self.end_ring(ring, &[]);
             } else if now >= stopping.deadline {
                 let unfinished = self.give_up(now, ring);
-                self.end_ring(ring, unfinished);
+                self.end_ring(ring, &unfinished);
             } else {
                 continue;
             }
@@ -504,21 +542,18 @@ impl Disk {
         gone.iter().map(|finished| finished.admission.head).collect()
     }
 
-    fn end_ring(&mut self, ring: u16, unfinished: Vec<u16>) {
-        let place = &mut self.rings[usize::from(ring)];
-        let served = place.served.take().expect("a ring that stops is served");
-        let (next_avail, parked, stopping) = served.end(unfinished);
-        let count = parked.len() as u16;
-        place.parked = (!parked.is_empty()).then_some(parked);
+    fn end_ring(&mut self, ring: u16, unfinished: &[u16]) {
+        let served = self.rings[usize::from(ring)].take().expect("a ring that stops is served");
+        let (next_avail, in_flight, stopping) = served.end(unfinished);
         self.choose_access();
         if let Some(stopping) = stopping {
-            stopping.reply.give(Answer::Stopped { next_avail, unfinished: count });
+            stopping.reply.give(Answer::Stopped { next_avail, unfinished: in_flight });
         }
     }
 
     /// When something is due although nothing comes in.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let stops = self.rings.iter().filter_map(|place| place.served.as_ref()?.stopping.as_ref());
+        let stops = self.rings.iter().flatten().filter_map(|served| served.stopping.as_ref());
         stops.map(|stopping| stopping.deadline).chain(self.initiator.poll_timeout()).min()
     }
 
@@ -526,8 +561,8 @@ impl Disk {
     pub fn listen(&mut self) -> bool {
         let has_room = self.has_room();
         let mut found = false;
-        for place in &mut self.rings {
-            found |= place.served.as_mut().is_some_and(|served| served.listen(&self.memory));
+        for served in self.rings.iter_mut().flatten() {
+            found |= served.listen(&self.memory);
         }
         found && has_room
     }

@@ -13,6 +13,7 @@ pub mod inherited;
 pub mod mailbox;
 pub mod mapped;
 pub mod pending;
+pub mod record;
 pub mod report;
 pub mod request;
 pub mod ring;

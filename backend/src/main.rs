@@ -12,6 +12,8 @@ use cirro_backend::attach::Attach;
 use cirro_backend::config::{CAPABILITIES, Config, DiskEntry, Flags};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::mailbox::{Change, DiskId, Mailbox, mailbox};
+use cirro_backend::mapped::{self, Mapped};
+use cirro_backend::record::Record;
 use cirro_backend::report::{DiskView, View};
 use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
@@ -49,8 +51,9 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let states = config
         .disks
         .iter()
-        .map(|disk| State::open(&config.state_dir, disk.volume, random::uuid()))
+        .map(|disk| State::open(&config.state_dir, disk.volume, random::uuid()).map(Arc::new))
         .collect::<Result<Vec<_>, _>>()?;
+    let records = open_records(&config, &states)?;
     let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link))?;
     log::warn!(
@@ -58,7 +61,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         config.link
     );
 
-    let crew = Crew::new(&config, &states, process, links, &stop)?;
+    let kept = states.into_iter().zip(records).collect();
+    let crew = Crew::new(&config, kept, process, links, &stop)?;
     let Crew { workers, disks, mut view } = crew;
     let _control = match &config.ctl_socket {
         Some(path) => Some(Server::start(path, move |request| view.answer(&request))?),
@@ -82,6 +86,25 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     served.and(stopped)
 }
 
+/// What a disk keeps over restarts.
+type Kept = (Arc<State>, Record);
+
+/// One record for each disk, named for its attachment: several backends may share the directory.
+fn open_records(config: &Config, states: &[Arc<State>]) -> anyhow::Result<Vec<Record>> {
+    let boot = mapped::boot_id()?;
+    let disks = config.disks.iter().zip(states);
+    let records = disks.map(|(disk, state)| {
+        let path = config.run_dir.join(format!("{}.inflight", state.attachment));
+        let bytes = Record::bytes(disk.queues);
+        let memory = Mapped::open(&path, bytes)?;
+        memory.reserve(0, bytes).with_context(|| {
+            format!("no space for {}; give a directory on tmpfs with room with --run-dir", path.display())
+        })?;
+        Ok(Record::new(memory, boot))
+    });
+    records.collect()
+}
+
 /// What the threads will own, and what can be seen of it.
 struct Crew {
     workers: Vec<(Mailbox, Worker<Stack<PacketLink>>)>,
@@ -94,7 +117,7 @@ impl Crew {
     /// Deals the disks out to the workers in turn.
     fn new(
         config: &Config,
-        states: &[State],
+        kept: Vec<Kept>,
         process: u16,
         links: Vec<PacketLink>,
         stop: &Stop,
@@ -118,14 +141,14 @@ impl Crew {
             crew.workers.push((mailbox, worker));
         }
         crew.view.taps = Taps::new(crew.workers.iter().map(|(mailbox, _)| way_to(mailbox)).collect());
-        for (number, (entry, state)) in config.disks.iter().zip(states).enumerate() {
+        for (number, (entry, kept)) in config.disks.iter().zip(kept).enumerate() {
             let place = Place {
                 worker: number as u16 % config.workers,
                 cid_index: number as u16 / config.workers,
                 process,
                 poll_us: config.poll_us,
             };
-            crew.add_disk(DiskId(number as u16), (entry, state), &place, (&config.link, stop));
+            crew.add_disk(DiskId(number as u16), (entry, kept), &place, (&config.link, stop));
         }
         Ok(crew)
     }
@@ -133,14 +156,15 @@ impl Crew {
     fn add_disk(
         &mut self,
         id: DiskId,
-        (entry, state): (&DiskEntry, &State),
+        (entry, (state, record)): (&DiskEntry, Kept),
         place: &Place,
         (link, stop): (&str, &Stop),
     ) {
         let (mailbox, worker) = &mut self.workers[usize::from(place.worker)];
-        let (attach, stats, connected) =
-            (Arc::<Attach>::default(), Arc::<DiskStats>::default(), Arc::default());
-        worker_disk(worker, id, (entry, state, place), (Arc::clone(&attach), Arc::clone(&stats)));
+        let attach = Arc::new(Attach::new(state.volume()));
+        let (stats, connected) = (Arc::<DiskStats>::default(), Arc::default());
+        let shared = (Arc::clone(&attach), Arc::clone(&stats), record);
+        worker_disk(worker, id, (entry, &state, place), shared);
         self.view.disks.push(DiskView {
             id,
             entry: entry.clone(),
@@ -158,6 +182,7 @@ impl Crew {
             link: link.to_owned(),
             mailbox: mailbox.clone(),
             attach,
+            state,
             stop: stop.clone(),
             connected,
         });
@@ -196,7 +221,7 @@ fn worker_disk(
     worker: &mut Worker<Stack<PacketLink>>,
     id: DiskId,
     (entry, state, place): (&DiskEntry, &State, &Place),
-    (attach, stats): (Arc<Attach>, Arc<DiskStats>),
+    (attach, stats, record): (Arc<Attach>, Arc<DiskStats>, Record),
 ) {
     let link = worker.link();
     let initiator = initiator::Config {
@@ -221,6 +246,7 @@ fn worker_disk(
         queues: entry.queues,
         initiator: Initiator::new(initiator, clock::now()),
         attach,
+        record,
         stats,
     });
     worker.add(id, disk);

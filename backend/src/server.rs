@@ -18,6 +18,7 @@ use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
 use cirro_protocol::initiator::StateName;
 use cirro_protocol::time::Nanos;
+use cirro_protocol::wire::body::VolumeInfo;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
@@ -31,6 +32,7 @@ use crate::guest_memory::Regions;
 use crate::inherited;
 use crate::mailbox::{Answer, Change, DiskId, Mailbox};
 use crate::ring::born_for;
+use crate::state::State;
 use crate::worker::Worker;
 
 /// Tokens of what a worker waits for; kicks come after them.
@@ -39,6 +41,8 @@ const TOKEN_LINK: u64 = 1;
 const TOKEN_KICKS: u64 = 2;
 /// How often a thread that waits for a volume looks whether the process is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often it has looked before it makes do with what an earlier process was told: a node that is there answers sooner.
+const LOOKS_BEFORE_MEMORY: u32 = 2;
 /// How often it says that it still waits.
 const SAY_EVERY: u32 = 600;
 /// How long the end of the process waits for the node to take a volume back.
@@ -146,6 +150,8 @@ pub struct DiskServer {
     pub mailbox: Mailbox,
     /// Where its volume becomes known.
     pub attach: Arc<Attach>,
+    /// Where what a front-end is told is kept.
+    pub state: Arc<State>,
     /// The wish to end.
     pub stop: Stop,
     /// Whether a front-end is connected, for whoever asks.
@@ -211,6 +217,9 @@ impl DiskServer {
             if look % SAY_EVERY == 0 {
                 log::info!("waiting for a node that serves volume {} on {}", self.entry.volume, self.link);
             }
+            if look + 1 >= LOOKS_BEFORE_MEMORY && self.attach.remembered().is_some() {
+                break;
+            }
         }
         !self.stop.is_asked()
     }
@@ -219,7 +228,7 @@ impl DiskServer {
     fn serve_connection(&self, listener: &mut Listener, current: &Mutex<Option<ShutdownHandle>>) {
         let volume = self.entry.volume;
         let identity = Identity {
-            volume: self.attach.get().unwrap_or_default(),
+            volume: self.describe(),
             read_only: self.entry.read_only,
             queues: self.entry.queues,
             queue_size_max: self.entry.queue_size,
@@ -254,6 +263,28 @@ impl DiskServer {
         *lock(current) = None;
         device.close();
         self.connected.store(false, Ordering::Relaxed);
+    }
+
+    /// The volume for a front-end: as a node says, or, while none is there, as the last front-end was told.
+    fn describe(&self) -> VolumeInfo {
+        match self.attach.get() {
+            Some(info) => {
+                if let Err(error) = self.state.remember(&info) {
+                    log::error!(
+                        "volume {}: a backend that starts while no node is there will have to wait for one: {error}",
+                        self.entry.volume
+                    );
+                }
+                info
+            }
+            None => {
+                log::info!(
+                    "volume {}: no node is there; the front-end gets the volume as it was, and its requests wait",
+                    self.entry.volume
+                );
+                self.attach.remembered().unwrap_or_default()
+            }
+        }
     }
 
     /// Gives the volume back, and waits a moment for the node to hear of it.

@@ -1,13 +1,16 @@
-//! What a disk must remember over restarts: its attachment's name, and how often it was started.
+//! What a disk must remember over restarts: its attachment's name, how often it was started, and what its volume was like.
 //!
-//! Knows files and durability; does not know sessions. Called by `main` before a worker exists. A directory per volume holds `lock`, `attachment` (32
-//! hexadecimal digits) and `starts` (a decimal number). The number is made durable before it is used, so no session epoch is ever used twice.
+//! Knows files and durability; does not know sessions. Called by `main` before a worker exists, and by `server` when a front-end comes. A directory per volume
+//! holds `lock`, `attachment` (32 hexadecimal digits), `starts` (a decimal number) and `volume` (a line for each property). The number is made
+//! durable before it is used, so no session epoch is ever used twice.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
-use cirro_protocol::types::{Uuid, VolumeName};
+use cirro_protocol::types::{SERIAL_BYTES, Uuid, VolumeName};
+use cirro_protocol::wire::body::VolumeInfo;
 
 /// A disk's state, locked for as long as it lives.
 #[derive(Debug)]
@@ -16,6 +19,9 @@ pub struct State {
     pub attachment: Uuid,
     /// Which start this is, from 1.
     pub starts: u64,
+    /// The volume as a front-end was told of it last, without what belongs to a session.
+    volume: Mutex<Option<VolumeInfo>>,
+    dir: PathBuf,
     _lock: File,
 }
 
@@ -87,7 +93,27 @@ impl State {
             return Err(Error::UsedUp { path });
         }
         replace(&dir, "starts", &format!("{starts}\n"))?;
-        Ok(State { attachment, starts, _lock: lock })
+        let volume = read_volume(&dir);
+        Ok(State { attachment, starts, volume: Mutex::new(volume), dir, _lock: lock })
+    }
+
+    /// The volume as it was remembered last; `None` when it never was.
+    pub fn volume(&self) -> Option<VolumeInfo> {
+        *self.volume.lock().expect("no holder of this lock panics")
+    }
+
+    /// Remembers the volume, durably, if it is another than before.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; what was remembered before stays.
+    pub fn remember(&self, info: &VolumeInfo) -> Result<(), Error> {
+        let info = VolumeInfo { vol_epoch: 0, vol_handle: 0, ..*info };
+        let mut volume = self.volume.lock().expect("no holder of this lock panics");
+        if *volume != Some(info) {
+            replace(&self.dir, VOLUME, &write_volume(&info))?;
+            *volume = Some(info);
+        }
+        Ok(())
     }
 
     /// The first session epoch of this start: larger than any of the starts before.
@@ -121,6 +147,53 @@ fn replace(dir: &Path, name: &str, text: &str) -> Result<(), Error> {
     fs::rename(&new, &path).map_err(io_error("rename", &new))?;
     let opened = File::open(dir).map_err(io_error("open", dir))?;
     opened.sync_all().map_err(io_error("sync", dir))
+}
+
+/// The file that describes the volume.
+const VOLUME: &str = "volume";
+
+/// One line for each property, in this order.
+fn write_volume(info: &VolumeInfo) -> String {
+    let serial: String = info.serial.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!(
+        "capacity-sectors {}\nblock-bytes {}\nflags {}\nrequest-bytes-max {}\nserial {serial}\n",
+        info.capacity_sectors, info.block_bytes, info.flags, info.request_bytes_max
+    )
+}
+
+/// What cannot be read is not remembered: the next node says it again.
+fn read_volume(dir: &Path) -> Option<VolumeInfo> {
+    let text = read(&dir.join(VOLUME)).unwrap_or_else(|error| {
+        log::warn!("{error}");
+        None
+    })?;
+    let info = parse_volume(&text);
+    if info.is_none() {
+        log::warn!("{} is damaged; it is written again when a node answers", dir.join(VOLUME).display());
+    }
+    info
+}
+
+fn parse_volume(text: &str) -> Option<VolumeInfo> {
+    let mut lines = text.lines();
+    let mut value = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
+    let mut info = VolumeInfo {
+        capacity_sectors: value("capacity-sectors")?.parse().ok()?,
+        block_bytes: value("block-bytes")?.parse().ok()?,
+        flags: value("flags")?.parse().ok()?,
+        request_bytes_max: value("request-bytes-max")?.parse().ok()?,
+        ..VolumeInfo::default()
+    };
+    let serial = value("serial")?;
+    if serial.len() != 2 * SERIAL_BYTES || !serial.is_ascii() || lines.next().is_some() {
+        return None;
+    }
+    for (index, byte) in info.serial.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&serial[2 * index..2 * index + 2], 16).ok()?;
+    }
+    let blocks = info.block_bytes.is_power_of_two() && (512..=4096).contains(&info.block_bytes);
+    let sizes = info.capacity_sectors <= u64::MAX / 512 && info.request_bytes_max >= 4096;
+    (blocks && sizes).then_some(info)
 }
 
 fn parse_uuid(text: &str) -> Option<Uuid> {
@@ -175,6 +248,57 @@ mod tests {
         assert!(matches!(open(&dir, 2), Err(Error::InUse { .. })));
         drop(held);
         assert_eq!(open(&dir, 2).unwrap().starts, 2, "the refused start was not counted");
+    }
+
+    #[test]
+    fn the_volume_is_remembered_without_what_belongs_to_a_session() {
+        let dir = Dir::new("volume");
+        let info = VolumeInfo {
+            capacity_sectors: u64::MAX / 512,
+            vol_epoch: 7,
+            vol_handle: 9,
+            block_bytes: 4096,
+            flags: 0xb,
+            request_bytes_max: 1 << 20,
+            serial: *b"a serial\0number\xff\0\0\0\0",
+        };
+        let first = open(&dir, 1).unwrap();
+        assert_eq!(first.volume(), None);
+        first.remember(&info).unwrap();
+        drop(first);
+        let second = open(&dir, 1).unwrap();
+        let remembered = VolumeInfo { vol_epoch: 0, vol_handle: 0, ..info };
+        assert_eq!(second.volume(), Some(remembered));
+        let path = dir.0.join("vol/volume");
+        fs::remove_file(&path).unwrap();
+        second.remember(&VolumeInfo { vol_epoch: 8, ..info }).unwrap();
+        assert!(!path.exists(), "nothing is written when nothing changed");
+        second.remember(&VolumeInfo { flags: 0, ..info }).unwrap();
+        drop(second);
+        assert_eq!(open(&dir, 1).unwrap().volume(), Some(VolumeInfo { flags: 0, ..remembered }));
+    }
+
+    #[test]
+    fn a_damaged_description_of_the_volume_is_forgotten() {
+        let dir = Dir::new("description");
+        let info = VolumeInfo { block_bytes: 512, request_bytes_max: 4096, ..VolumeInfo::default() };
+        open(&dir, 1).unwrap().remember(&info).unwrap();
+        let whole = fs::read_to_string(dir.0.join("vol/volume")).unwrap();
+        let damaged = [
+            whole.replace("block-bytes 512", "block-bytes 513"),
+            whole.replace("request-bytes-max 4096", "request-bytes-max 1"),
+            whole.replace("flags", "flegs"),
+            whole.replace("serial 00", "serial \u{e9}"),
+            format!("{whole}more\n"),
+            whole[..whole.len() / 2].to_owned(),
+            String::new(),
+        ];
+        for text in damaged {
+            fs::write(dir.0.join("vol/volume"), &text).unwrap();
+            assert_eq!(open(&dir, 1).unwrap().volume(), None, "{text}");
+        }
+        fs::write(dir.0.join("vol/volume"), whole).unwrap();
+        assert_eq!(open(&dir, 1).unwrap().volume(), Some(info));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A ring as its worker serves it: indices, notifications, and the heads it has taken.
 //!
-//! Knows split virtqueues (virtio 1.2, section 2.7); does not know what a chain means, nor vhost-user. Called by `disk`. The record of what is in flight that
-//! survives the process has its place in [`ServedRing::start`], which decides what is taken first, and in [`ServedRing::take`] and [`ServedRing::give`].
+//! Knows split virtqueues (virtio 1.2, section 2.7) and keeps the record of what is in flight, which decides what is taken first when a ring starts; does not
+//! know what a chain means, nor vhost-user. Called by `disk`.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest_memory::GuestMemory;
 use crate::mailbox::Reply;
+use crate::record::{Other, Place, RingRecord};
 use crate::request::{QUEUE_SIZE_MAX, Table};
 
 /// `VRING_AVAIL_F_NO_INTERRUPT` (virtio 1.2, section 2.7.6), which virtio-queue does not look at.
@@ -36,13 +37,6 @@ pub enum Broken {
     HeadTwice,
 }
 
-/// A ring that stopped with requests unfinished: they are issued again when the same ring starts where it stopped.
-#[derive(Debug)]
-pub struct Parked {
-    queue: QueueState,
-    heads: Vec<u16>,
-}
-
 /// A stop that was asked for.
 #[derive(Debug)]
 pub struct Stopping {
@@ -50,6 +44,15 @@ pub struct Stopping {
     pub deadline: Instant,
     /// Who waits for the answer.
     pub reply: Reply,
+}
+
+/// What a ring found recorded at its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Started {
+    /// Heads to be issued again.
+    pub again: usize,
+    /// A record that is not this ring's: why, and how many heads were in flight in it.
+    pub discarded: Option<(Other, usize)>,
 }
 
 /// The worker's half of a ring that was started.
@@ -63,10 +66,12 @@ pub struct ServedRing {
     /// Set while a stop is under way: nothing is taken any more.
     pub stopping: Option<Stopping>,
     broken: Option<Broken>,
-    /// Heads taken and not given back, one bit each.
+    record: RingRecord,
+    /// Heads off the available ring and not given back, one bit each.
     taken: [u64; QUEUE_SIZE_MAX as usize / 64],
+    /// Those of them that were handed out.
     live: u16,
-    /// Heads to take before those of the ring.
+    /// The others, which were in flight when the ring started: to be handed out first.
     again: VecDeque<u16>,
     used_since_signal: bool,
     /// The guest was asked to tell of new buffers.
@@ -74,33 +79,42 @@ pub struct ServedRing {
 }
 
 impl ServedRing {
-    /// Starts the ring. It is looked at in the next turn without waiting for a kick, and the guest is signalled once: some drivers lean on it.
+    /// Starts the ring. It is looked at in the next turn without waiting for a kick, and the guest is signalled once: some drivers lean on it. What `record`
+    /// says is in flight is handed out again, if it is of this very ring.
     pub fn start(
         memory: &GuestMemory,
         state: QueueState,
         call: Option<File>,
-        parked: Option<Parked>,
-    ) -> ServedRing {
+        mut record: RingRecord,
+    ) -> (ServedRing, Started) {
         let mut queue = Queue::try_from(QueueState { ready: true, ..state }).unwrap_or_default();
         let valid = queue.ready() && queue.is_valid(memory.regions());
-        let mut again = VecDeque::new();
-        if let Some(parked) = parked.filter(|parked| valid && parked.is_of(&state, &queue, memory)) {
-            // What the front-end says it should start with is at most the used index; what was taken is known better here.
-            queue.set_next_avail(parked.queue.next_avail);
-            again = parked.heads.into();
-        }
-        ServedRing {
-            queue,
+        let opened =
+            if valid { record.open(Place { memory, queue: &queue }, state.next_avail) } else { None };
+        let mut served = ServedRing {
+            queue: Queue::default(),
             call,
             enabled: true,
             stopping: None,
-            broken: (!valid).then_some(Broken::Outside),
+            broken: opened.is_none().then_some(Broken::Outside),
+            record,
             taken: [0; QUEUE_SIZE_MAX as usize / 64],
             live: 0,
-            again,
+            again: VecDeque::new(),
             used_since_signal: true,
             listening: true,
+        };
+        let mut started = Started::default();
+        if let Some(opened) = opened {
+            // What the front-end says is a guess of somebody who did not see what was taken.
+            queue.set_next_used(opened.used_idx);
+            queue.set_next_avail(opened.next_avail);
+            opened.again.iter().for_each(|head| served.set_taken(*head));
+            started = Started { again: opened.again.len(), discarded: opened.discarded };
+            served.again = opened.again.into();
         }
+        served.queue = queue;
+        (served, started)
     }
 
     /// Where its chains start.
@@ -121,36 +135,41 @@ impl ServedRing {
         if self.broken.is_some() || !self.enabled || self.stopping.is_some() {
             return Ok(None);
         }
-        match self.next_head(memory) {
-            Ok(Some(head)) => {
-                self.taken[usize::from(head) / 64] |= 1 << (head % 64);
-                self.live += 1;
-                self.stop_listening(memory);
-                Ok(Some(head))
-            }
-            Ok(None) => Ok(None),
-            Err(broken) => {
-                self.broken = Some(broken);
-                Err(broken)
-            }
-        }
-    }
-
-    fn next_head(&mut self, memory: &GuestMemory) -> Result<Option<u16>, Broken> {
         let head = match self.again.pop_front() {
             Some(head) => head,
-            None => match self.pop(memory)? {
-                Some(head) => head,
-                None => return Ok(None),
+            None => match self.take_new(memory) {
+                Ok(Some(head)) => head,
+                Ok(None) => return Ok(None),
+                Err(broken) => {
+                    self.broken = Some(broken);
+                    return Err(broken);
+                }
             },
         };
+        self.live += 1;
+        self.stop_listening(memory);
+        Ok(Some(head))
+    }
+
+    fn take_new(&mut self, memory: &GuestMemory) -> Result<Option<u16>, Broken> {
+        let Some(head) = self.pop(memory)? else { return Ok(None) };
         if head >= self.queue.size() {
             return Err(Broken::HeadOutside);
         }
-        if self.taken[usize::from(head) / 64] & 1 << (head % 64) != 0 {
+        if self.is_taken(head) {
             return Err(Broken::HeadTwice);
         }
+        self.set_taken(head);
+        self.record.take(head);
         Ok(Some(head))
+    }
+
+    fn is_taken(&self, head: u16) -> bool {
+        self.taken[usize::from(head) / 64] & 1 << (head % 64) != 0
+    }
+
+    fn set_taken(&mut self, head: u16) {
+        self.taken[usize::from(head) / 64] |= 1 << (head % 64);
     }
 
     fn pop(&mut self, memory: &GuestMemory) -> Result<Option<u16>, Broken> {
@@ -170,7 +189,8 @@ impl ServedRing {
     /// Gives a head back that was taken: `used_bytes` were written into its buffers.
     pub fn give(&mut self, memory: &GuestMemory, head: u16, used_bytes: u32) {
         self.forget(head);
-        match self.queue.add_used(memory.regions(), head, used_bytes) {
+        let ServedRing { queue, record, .. } = self;
+        match record.give(head, || queue.add_used(memory.regions(), head, used_bytes)) {
             Ok(()) => self.used_since_signal = true,
             // The used ring went away with its region: there is nobody to tell.
             Err(_) => self.broken = Some(Broken::Outside),
@@ -178,9 +198,8 @@ impl ServedRing {
     }
 
     fn forget(&mut self, head: u16) {
-        let (word, bit) = (usize::from(head) / 64, 1 << (head % 64));
-        assert!(self.taken[word] & bit != 0, "head {head} ends twice");
-        self.taken[word] &= !bit;
+        assert!(self.is_taken(head), "head {head} ends twice");
+        self.taken[usize::from(head) / 64] &= !(1 << (head % 64));
         self.live -= 1;
     }
 
@@ -223,38 +242,15 @@ impl ServedRing {
         }
     }
 
-    /// Ends the ring. `unfinished` are the heads that were taken and will not be given back, oldest first; gives what to answer and what to keep.
-    pub fn end(mut self, unfinished: Vec<u16>) -> (u16, Parked, Option<Stopping>) {
-        for head in &unfinished {
+    /// Ends the ring. `unfinished` are the heads that were handed out and will not be given back: they stay in flight in the record. Gives what to answer:
+    /// where the ring stands, how many heads are in flight, and to whom.
+    pub fn end(mut self, unfinished: &[u16]) -> (u16, u16, Option<Stopping>) {
+        for head in unfinished {
             self.forget(*head);
         }
-        assert_eq!(self.live, 0, "every head that was taken was given back or is known as unfinished");
-        let mut heads = unfinished;
-        heads.extend(self.again.drain(..));
+        assert_eq!(self.live, 0, "every head that was handed out was given back or is known as unfinished");
+        let in_flight = unfinished.len() + self.again.len();
         // What is unfinished counts as taken: next_avail = used index + live.
-        let queue = self.queue.state();
-        (queue.next_avail, Parked { queue, heads }, self.stopping)
-    }
-}
-
-impl Parked {
-    /// Requests that wait here.
-    pub fn len(&self) -> usize {
-        self.heads.len()
-    }
-
-    /// True when nothing waits.
-    pub fn is_empty(&self) -> bool {
-        self.heads.is_empty()
-    }
-
-    /// True if a ring that starts with `state` is the one that stopped, where it stopped: the same place and used index, and an available index that
-    /// covers all that was taken. A driver that began anew is back at index 0.
-    fn is_of(&self, state: &QueueState, queue: &Queue, memory: &GuestMemory) -> bool {
-        let place = |q: &QueueState| (q.desc_table, q.avail_ring, q.used_ring, q.size, q.next_used);
-        let available = queue.avail_idx(memory.regions(), Ordering::Acquire);
-        let covered = available.is_ok_and(|index| index.0.wrapping_sub(self.queue.next_avail) <= state.size);
-        let base_fits = state.next_avail == self.queue.next_avail || state.next_avail == self.queue.next_used;
-        place(&self.queue) == place(state) && covered && base_fits
+        (self.queue.next_avail(), in_flight as u16, self.stopping)
     }
 }

@@ -18,7 +18,9 @@ use cirro_backend::config::{DiskEntry, Socket};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Inbox, Mailbox, mailbox};
+use cirro_backend::record::Record;
 use cirro_backend::server::{DiskServer, Listening, run_worker};
+use cirro_backend::state::State;
 use cirro_backend::worker::Worker;
 use cirro_ctl::stop::Stop;
 use cirro_link::memory::{MemoryLink, pair};
@@ -114,6 +116,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         queues: 2,
         initiator: Initiator::new(config, clock::now()),
         attach,
+        record: Record::in_memory(2),
         stats: Arc::default(),
     });
     let node = Node::new(there, IMAGE_BYTES);
@@ -154,6 +157,9 @@ impl Backend {
             link: "memory".into(),
             mailbox: mailbox.clone(),
             attach: Arc::clone(&attach),
+            state: Arc::new(
+                State::open(&path.with_extension("state"), "vol".parse().unwrap(), Uuid([1; 16])).unwrap(),
+            ),
             stop: stop.clone(),
             connected: Arc::default(),
         };
@@ -186,6 +192,7 @@ impl Drop for Backend {
             assert!(disk.is_ok() && worker.is_ok(), "the backend's threads end cleanly");
             assert!(!self.path.exists(), "the socket is removed");
         }
+        let _ = std::fs::remove_dir_all(self.path.with_extension("state"));
     }
 }
 

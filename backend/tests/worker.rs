@@ -11,6 +11,7 @@ use cirro_backend::attach::Attach;
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Mailbox, mailbox};
+use cirro_backend::record::Record;
 use cirro_backend::request::Reject;
 use cirro_backend::stats::{DiskStats, Drop, WorkerStats};
 use cirro_backend::worker::Worker;
@@ -66,6 +67,7 @@ impl Rig {
             queues: 2,
             initiator: Initiator::new(config, now),
             attach: Arc::clone(&attach),
+            record: Record::in_memory(2),
             stats: Arc::clone(&disk_stats),
         });
         let mut worker = Worker::new(here, Steer::new(0, 0), inbox, Arc::clone(&stats));

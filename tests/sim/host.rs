@@ -12,6 +12,7 @@ use cirro_backend::attach::Attach;
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Awaited, Change, DiskId, Mailbox, mailbox};
+use cirro_backend::record::Record;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_protocol::initiator::{Config, Initiator};
@@ -67,6 +68,8 @@ pub(crate) struct GuestDisk {
     memory: Regions,
     rings: Vec<GuestRing>,
     attach: Arc<Attach>,
+    /// What is in flight: it outlives the process, not the host's power.
+    record: Record,
     /// The VMM talks to the device.
     connected: bool,
     /// The VMM tries again then.
@@ -134,6 +137,7 @@ impl Host {
                 rings: options.rings.iter().enumerate().map(ring).collect(),
                 memory,
                 attach: Arc::default(),
+                record: Record::in_memory(options.rings.len() as u16),
                 connected: false,
                 reconnect_at: Instant::default(),
                 options: options.clone(),
@@ -193,6 +197,7 @@ impl Host {
                 queues: disk.rings.len() as u16,
                 initiator: Initiator::new(config, now),
                 attach: Arc::clone(&disk.attach),
+                record: disk.record.clone(),
                 stats: Arc::new(DiskStats::default()),
             });
             worker.add(DiskId(index as u16), disk);
@@ -215,8 +220,9 @@ impl Host {
     /// The host loses power: guests and all.
     pub(crate) fn lose_power(&mut self) {
         self.kill();
-        for ring in self.disks.iter_mut().flat_map(|disk| &mut disk.rings) {
-            ring.ring.reset();
+        for disk in &mut self.disks {
+            disk.record = Record::in_memory(disk.rings.len() as u16);
+            disk.rings.iter_mut().for_each(|ring| ring.ring.reset());
         }
     }
 
