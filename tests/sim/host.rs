@@ -175,6 +175,7 @@ impl Host {
             disk.starts += 1;
             disk.connected = false;
             disk.reconnect_at = now + self.reconnect;
+            disk.attach = Arc::new(Attach::new(disk.attach.get().or(disk.attach.remembered())));
             let first = disk.starts == 1;
             let config = Config {
                 volume: Machine::volume_name(disk.options.volume),
@@ -300,7 +301,7 @@ impl Host {
             if !disk.connected {
                 if now < disk.reconnect_at {
                     wake(disk.reconnect_at);
-                } else if disk.attach.get().is_some() {
+                } else if disk.attach.get().or(disk.attach.remembered()).is_some() {
                     disk.connect(&process.mailbox, id);
                     process.kicked = true;
                 } else {
@@ -408,9 +409,9 @@ impl GuestRing {
 /// A guest changes what it writes while it is written.
 fn scribble(meddled: &Meddled, rng: &mut Rng) {
     use vm_memory::Bytes;
-    for (memory, at) in meddled.borrow().values() {
-        let noise = rng.u64(..);
-        memory.write_obj(noise, GuestAddress(at + rng.u64(0..64))).expect("guest memory");
+    for (memory, at, len) in meddled.borrow().values() {
+        let noise = rng.u8(..);
+        memory.write_obj(noise, GuestAddress(at + u64::from(rng.u32(0..*len)))).expect("guest memory");
     }
 }
 
