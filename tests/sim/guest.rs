@@ -82,7 +82,7 @@ struct Outstanding {
 }
 
 /// Buffers that the guest changes while they are in flight.
-pub(crate) type Meddled = Rc<RefCell<BTreeMap<u64, (Regions, u64)>>>;
+pub(crate) type Meddled = Rc<RefCell<BTreeMap<u64, (Regions, u64, u32)>>>;
 
 /// One ring.
 pub(crate) struct Ring {
@@ -402,7 +402,7 @@ impl Ring {
                 self.oracle.borrow_mut().begin(sectors.clone(), request.value, begun);
                 if rng.u32(0..100) < self.options.meddling {
                     self.oracle.borrow_mut().set_wild(sectors, begun);
-                    let target = (self.memory.clone(), request.runs[0].0);
+                    let target = (self.memory.clone(), request.runs[0].0, request.runs[0].1);
                     self.meddled.borrow_mut().insert(self.place_at(request.place), target);
                 }
             }

@@ -247,10 +247,12 @@ pub(crate) fn bad_weather(rng: &mut Rng) -> Weather {
         duplication: some(30, 50_000),
         corruption: some(20, 30_000),
         truncation: some(10, 30_000),
+        stragglers: some(40, 100_000),
         ..Weather::default()
     };
     weather.delay = Nanos::from_micros(*rng.choice(&[5, 20, 100, 2_000]).expect("some"));
     weather.jitter = Nanos(if rng.u8(0..3) == 0 { rng.u64(0..500_000) } else { 0 });
+    weather.straggle_time = Nanos::from_millis(*rng.choice(&[2, 20, 200]).expect("some"));
     weather.byte_time = Nanos(*rng.choice(&[0, 1, 8]).expect("some"));
     weather.black_hole = (rng.u8(0..10) == 0).then(|| *rng.choice(&[1500, 4500, 9000]).expect("some"));
     weather

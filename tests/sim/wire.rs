@@ -151,6 +151,9 @@ pub(crate) struct Weather {
     pub(crate) delay: Nanos,
     /// Up to so much longer: frames overtake each other.
     pub(crate) jitter: Nanos,
+    /// Stay behind alone, in millionths, for up to `straggle_time`: whoever sent them has long sent them again.
+    pub(crate) stragglers: u32,
+    pub(crate) straggle_time: Nanos,
     /// Time on the wire of a byte.
     pub(crate) byte_time: Nanos,
     /// Frames above this vanish.
@@ -174,6 +177,8 @@ impl Default for Weather {
             truncation: 0,
             delay: Nanos::from_micros(20),
             jitter: Nanos(0),
+            stragglers: 0,
+            straggle_time: Nanos(0),
             byte_time: Nanos(1),
             black_hole: None,
             cut: false,
@@ -354,8 +359,11 @@ impl Wire {
                 if rng.u8(0..8) == 0 { Nanos(rng.u64(0..2_000_000_000)) } else { Nanos(rng.u64(0..200_000)) };
             self.push(due + late, to, bytes.clone());
         }
-        let jitter = jitter(rng);
-        self.push(due + jitter, to, bytes);
+        let mut late = jitter(rng);
+        if happens(rng, weather.stragglers) {
+            late = late + Nanos(rng.u64(0..weather.straggle_time.0.max(1)));
+        }
+        self.push(due + late, to, bytes);
     }
 
     fn push(&mut self, due: Instant, to: usize, bytes: Vec<u8>) {
