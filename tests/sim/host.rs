@@ -211,11 +211,31 @@ impl Host {
         drop_killed(self.process.take());
         self.port.borrow_mut().clear();
         for ring in self.disks.iter_mut().flat_map(|disk| &mut disk.rings) {
-            if let Service::Stopping { anew: true, .. } = ring.service {
-                ring.ring.reset();
+            match ring.service {
+                Service::Stopping { anew: true, .. } => ring.ring.reset(),
+                Service::Off => continue,
+                Service::Stopping { .. } | Service::Up | Service::Down => {}
             }
             ring.service = Service::Down;
         }
+    }
+
+    /// SIGTERM of the backend: it lets go of its rings and of its volumes, and will be gone soon.
+    pub(crate) fn stop(&mut self) {
+        let Some(process) = &mut self.process else { return };
+        for (index, disk) in self.disks.iter_mut().enumerate() {
+            let id = DiskId(index as u16);
+            disk.connected = false;
+            disk.reconnect_at = Instant(u64::MAX);
+            for (number, ring) in disk.rings.iter_mut().enumerate() {
+                if matches!(ring.service, Service::Up) {
+                    drop(process.mailbox.send(id, Change::Stop { ring: number as u16 }));
+                    ring.service = Service::Down;
+                }
+            }
+            drop(process.mailbox.send(id, Change::Close));
+        }
+        process.kicked = true;
     }
 
     /// The host loses power: guests and all.
@@ -310,7 +330,9 @@ impl Host {
                 }
             }
             for (number, ring) in disk.rings.iter_mut().enumerate() {
-                ring.follow_stop(&process.mailbox, (id, number as u16));
+                if disk.connected {
+                    ring.follow_stop(&process.mailbox, (id, number as u16));
+                }
                 if matches!(ring.service, Service::Off) {
                     continue;
                 }
@@ -377,8 +399,10 @@ impl GuestDisk {
         drop(mailbox.send(id, Change::WriteThrough(self.options.write_through)));
         drop(mailbox.send(id, Change::Memory(self.memory.clone())));
         for (index, ring) in self.rings.iter_mut().enumerate() {
-            let base = ring.ring.used_index();
-            ring.start(mailbox, (id, index as u16), base);
+            if !matches!(ring.service, Service::Off) {
+                let base = ring.ring.used_index();
+                ring.start(mailbox, (id, index as u16), base);
+            }
         }
     }
 }

@@ -56,6 +56,8 @@ pub(crate) struct May {
     pub(crate) disk_slow: u32,
     pub(crate) disk_errors: u32,
     pub(crate) flush_errors: u32,
+    pub(crate) clock_jump: u32,
+    pub(crate) host_stop: u32,
 }
 
 /// A thing that happens.
@@ -77,10 +79,12 @@ pub(crate) enum Event {
     DiskSlow,
     DiskErrors,
     FlushErrors,
+    ClockJump,
+    HostStop,
 }
 
 impl May {
-    fn weights(&self) -> [(u32, Event); 16] {
+    fn weights(&self) -> [(u32, Event); 18] {
         [
             (self.weather, Event::Weather),
             (self.cut, Event::Cut),
@@ -98,6 +102,8 @@ impl May {
             (self.disk_slow, Event::DiskSlow),
             (self.disk_errors, Event::DiskErrors),
             (self.flush_errors, Event::FlushErrors),
+            (self.clock_jump, Event::ClockJump),
+            (self.host_stop, Event::HostStop),
         ]
     }
 
@@ -120,6 +126,8 @@ impl May {
             "disk-slow" => &mut self.disk_slow,
             "disk-errors" => &mut self.disk_errors,
             "flush-errors" => &mut self.flush_errors,
+            "clock-jump" => &mut self.clock_jump,
+            "host-stop" => &mut self.host_stop,
             _ => return false,
         };
         *field = 0;
@@ -158,6 +166,8 @@ impl May {
             disk_slow: some(30),
             disk_errors: some(10),
             flush_errors: some(8),
+            clock_jump: some(15),
+            host_stop: some(20),
         }
     }
 }

@@ -25,6 +25,15 @@ struct Change {
     certain: bool,
 }
 
+/// A write whose buffer was changed in flight.
+#[derive(Clone, Copy, Debug)]
+struct Wild {
+    begun: u64,
+    ended: u64,
+    /// When something else had certainly taken its place.
+    cured: u64,
+}
+
 /// Why a run is wrong.
 #[derive(Clone, Debug)]
 pub(crate) struct Violation(pub(crate) String);
@@ -39,8 +48,8 @@ impl fmt::Display for Violation {
 #[derive(Debug, Default)]
 pub(crate) struct Oracle {
     sectors: BTreeMap<u64, Vec<Change>>,
-    /// Sectors whose content is anybody's guess: guests changed the buffers in flight. When those writes began and ended.
-    wild: BTreeMap<u64, Vec<(u64, u64)>>,
+    /// Sectors whose content is anybody's guess: guests changed the buffers in flight.
+    wild: BTreeMap<u64, Vec<Wild>>,
     /// When the last flush that was answered OK had been submitted.
     stable_before: u64,
 }
@@ -139,11 +148,13 @@ impl Oracle {
                 (change.ended, change.certain) = (ended, certain);
             }
             if let Some(wild) = self.wild.get_mut(&sector) {
-                wild.iter_mut().filter(|write| write.0 == begun).for_each(|write| write.1 = ended);
-                wild.retain(|write| !certain || begun <= write.1);
-                if wild.is_empty() {
-                    self.wild.remove(&sector);
+                wild.iter_mut().filter(|write| write.begun == begun).for_each(|write| write.ended = ended);
+                if certain {
+                    let over = wild.iter_mut().filter(|write| begun > write.ended);
+                    over.for_each(|write| write.cured = write.cured.min(ended));
                 }
+                let horizon = oldest_read.min(self.stable_before);
+                wild.retain(|write| write.cured >= horizon);
             }
             let stable_before = self.stable_before;
             forget(self.sectors.get_mut(&sector).expect("it was just there"), oldest_read, stable_before);
@@ -152,7 +163,8 @@ impl Oracle {
 
     /// A guest changed the buffer of a write in flight: what it wrote is anybody's guess until something else is written.
     pub(crate) fn set_wild(&mut self, sectors: std::ops::Range<u64>, begun: u64) {
-        sectors.for_each(|sector| self.wild.entry(sector).or_default().push((begun, OPEN)));
+        let write = Wild { begun, ended: OPEN, cured: OPEN };
+        sectors.for_each(|sector| self.wild.entry(sector).or_default().push(write));
     }
 
     /// A flush that was submitted at `begun` was answered OK.
@@ -168,13 +180,18 @@ impl Oracle {
                 (change.certain, change.ended) = (false, now);
             }
         }
+        for write in self.wild.values_mut().flatten() {
+            if write.cured > stable_before {
+                (write.ended, write.cured) = (now, OPEN);
+            }
+        }
         self.stable_before = now;
     }
 
     /// Judges a sector that was read between two moments.
     pub(crate) fn judge(&mut self, sector: u64, bytes: &[u8], begun: u64, ended: u64) -> Result<(), String> {
         let Some(value) = value_of(sector, bytes) else {
-            if self.wild.contains_key(&sector) {
+            if self.is_wild(sector, begun) {
                 return Ok(());
             }
             let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
@@ -184,7 +201,7 @@ impl Oracle {
                 word(SECTOR - 8)
             ));
         };
-        if self.wild.contains_key(&sector) {
+        if self.is_wild(sector, begun) {
             return Ok(());
         }
         let changes = self.sector(sector);
@@ -205,6 +222,10 @@ impl Oracle {
             changes.push(Change { value, begun, ended, certain: true });
         }
         Ok(())
+    }
+
+    fn is_wild(&self, sector: u64, begun: u64) -> bool {
+        self.wild.get(&sector).is_some_and(|writes| writes.iter().any(|write| write.cured > begun))
     }
 
     /// Every sector that was ever changed.

@@ -29,6 +29,8 @@ pub(crate) struct Port {
     pub(crate) mtu: usize,
     inbox: VecDeque<(Vec<u8>, Instant)>,
     outbox: Vec<Vec<u8>>,
+    /// What its clock says of a frame's arrival is wrong by so much.
+    pub(crate) skew: i64,
     /// The interface takes no frame.
     pub(crate) down: bool,
     /// Calls of the link after which its process is killed.
@@ -51,6 +53,7 @@ impl Port {
             mtu,
             inbox: VecDeque::new(),
             outbox: Vec::new(),
+            skew: 0,
             down: false,
             calls_left: None,
         }))
@@ -382,7 +385,8 @@ impl Wire {
             let Some(Reverse(flight)) = self.flying.pop() else { return };
             let mut port = self.ports[flight.to].borrow_mut();
             if !port.down && port.inbox.len() < INBOX_MAX {
-                port.inbox.push_back((flight.bytes, flight.due));
+                let arrival = Instant(flight.due.0.saturating_add_signed(port.skew));
+                port.inbox.push_back((flight.bytes, arrival));
                 told(flight.to);
             }
         }

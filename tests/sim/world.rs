@@ -66,6 +66,8 @@ enum Cure {
     Weather(usize, usize),
     LinkUp(usize),
     Disk,
+    /// A backend that was asked to end has ended.
+    StoppedHost(usize),
 }
 
 /// The run.
@@ -369,6 +371,10 @@ impl World {
                 }
                 Cure::LinkUp(0) => self.machine.port.borrow_mut().down = false,
                 Cure::LinkUp(index) => self.hosts[index - 1].port.borrow_mut().down = false,
+                Cure::StoppedHost(index) if self.hosts[index - 1].is_up() => {
+                    self.kill(index, "after SIGTERM")
+                }
+                Cure::StoppedHost(_) => {}
                 Cure::Disk => self.trouble_disks(&DiskTrouble::default()),
             }
         }
@@ -417,6 +423,15 @@ impl World {
             Event::DiskSlow => self.spoil_disks(slow_disk),
             Event::DiskErrors => self.spoil_disks(failing_disk),
             Event::FlushErrors => self.spoil_disks(forgetful_disk),
+            Event::ClockJump => {
+                let port = if index == 0 { &self.machine.port } else { &self.hosts[index - 1].port };
+                port.borrow_mut().skew = self.rng.i64(-2_000_000_000..2_000_000_000);
+            }
+            Event::HostStop => {
+                self.hosts[host].stop();
+                let patience = Nanos::from_millis(self.rng.u64(0..500));
+                self.cures.push((self.now + patience, Cure::StoppedHost(host + 1)));
+            }
             Event::NodeKill | Event::HostKill => {}
         }
     }
@@ -471,10 +486,13 @@ impl World {
                 self.wire.set(self.now, &mut self.rng, (from, to), Weather::default());
             }
             let port = if from == 0 { &self.machine.port } else { &self.hosts[from - 1].port };
-            (port.borrow_mut().down, port.borrow_mut().calls_left) = (false, None);
+            let mut port = port.borrow_mut();
+            (port.down, port.calls_left, port.skew) = (false, None, 0);
+            drop(port);
             self.places[from].free_at = self.now;
         }
-        self.cures.clear();
+        // A backend that is asked to end still ends, and its successor starts.
+        self.cures.retain(|(_, cure)| matches!(cure, Cure::StoppedHost(_)));
         self.trouble_disks(&DiskTrouble::default());
         if self.options.has_rivals() {
             self.hosts.iter_mut().for_each(|host| host.quiet = true);
