@@ -2,156 +2,16 @@
 
 mod rig;
 
-use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
-use cirro_backend::attach::Attach;
-use cirro_backend::disk::{Disk, DiskConfig};
-use cirro_backend::guest_memory::Regions;
-use cirro_backend::mailbox::{Answer, Change, DiskId, Mailbox, mailbox};
-use cirro_backend::record::Record;
+use cirro_backend::mailbox::{Answer, Change};
 use cirro_backend::request::Reject;
-use cirro_backend::stats::{DiskStats, Drop, WorkerStats};
-use cirro_backend::worker::Worker;
-use cirro_link::Link;
-use cirro_link::memory::{MemoryLink, pair};
-use cirro_protocol::initiator::{Config, Initiator};
+use cirro_backend::stats::Drop;
 use cirro_protocol::op::{Op, Status};
-use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+use cirro_protocol::time::Nanos;
+use rig::bench::{DISK, MIB, Rig};
 use rig::guest::{DATA, Ring, Used, pattern};
-use rig::node::Node;
 use vm_memory::GuestAddress;
-
-const MIB: usize = 1 << 20;
-const DISK: DiskId = DiskId(0);
-
-/// A worker with one disk, its node, and a guest's memory.
-struct Rig {
-    worker: Worker<MemoryLink>,
-    node: Node,
-    mailbox: Mailbox,
-    attach: Arc<Attach>,
-    disk_stats: Arc<DiskStats>,
-    stats: Arc<WorkerStats>,
-    memory: Regions,
-    now: Instant,
-}
-
-impl Rig {
-    fn new(mtu: usize) -> Rig {
-        let (here, there) = pair(mtu);
-        let (mailbox, inbox) = mailbox().unwrap();
-        let (stats, disk_stats, attach) = (Arc::default(), Arc::default(), Arc::default());
-        let now = Instant(1_000_000_000);
-        let config = Config {
-            volume: "vol".parse().unwrap(),
-            attachment: Uuid([1; 16]),
-            session_epoch: 1 << 32,
-            address: here.address(),
-            ethertype: ETHERTYPE_DEFAULT,
-            node_address: None,
-            steer: Steer::new(0, 0),
-            cid_index: 0,
-            mtu: mtu as u16,
-            slots: 256,
-            take_over: false,
-            ack_delay_max: Nanos::from_micros(50),
-            random_seed: 42,
-        };
-        let disk = Disk::new(DiskConfig {
-            volume: config.volume,
-            read_only: false,
-            queues: 2,
-            initiator: Initiator::new(config, now),
-            attach: Arc::clone(&attach),
-            record: Record::in_memory(2),
-            stats: Arc::clone(&disk_stats),
-        });
-        let mut worker = Worker::new(here, Steer::new(0, 0), inbox, Arc::clone(&stats));
-        worker.add(DISK, disk);
-        let memory =
-            Regions::from_ranges(&[(GuestAddress(0), 8 * MIB), (GuestAddress(8 * MIB as u64), 8 * MIB)])
-                .unwrap();
-        Rig { worker, node: Node::new(there, 16 * MIB), mailbox, attach, disk_stats, stats, memory, now }
-    }
-
-    /// One turn of each side, and a little time.
-    fn step(&mut self) {
-        self.worker.link().set_now(self.now);
-        self.worker.turn(self.now);
-        self.node.step(self.now);
-        self.now += Nanos::from_micros(10);
-    }
-
-    /// Steps for `span`.
-    fn run(&mut self, span: Nanos) {
-        let end = self.now + span;
-        while self.now < end {
-            self.step();
-        }
-    }
-
-    fn run_until(&mut self, what: &str, mut done: impl FnMut(&mut Rig) -> bool) {
-        for _ in 0..2_000_000 {
-            if done(self) {
-                return;
-            }
-            self.step();
-        }
-        panic!("never: {what}");
-    }
-
-    fn ask(&mut self, change: Change) -> Answer {
-        let awaited = self.mailbox.send(DISK, change);
-        self.step();
-        awaited.wait().expect("an answer within a turn")
-    }
-
-    /// Starts ring `index`; gives it and the pipe that its signals come out of.
-    fn start(&mut self, index: u16, event_idx: bool) -> (Ring, std::io::PipeReader) {
-        let ring = Ring::new(&self.memory, u64::from(index), event_idx);
-        let signals = self.start_at(index, &ring);
-        (ring, signals)
-    }
-
-    fn start_at(&mut self, index: u16, ring: &Ring) -> std::io::PipeReader {
-        let (reader, writer) = std::io::pipe().unwrap();
-        let kick = File::open("/dev/null").unwrap();
-        let call = Some(File::from(OwnedFd::from(writer)));
-        self.ask(Change::Start { ring: index, queue: ring.state(), kick, call });
-        reader
-    }
-
-    /// A disk that is attached, with memory and ring 0.
-    fn ready(mtu: usize) -> (Rig, Ring) {
-        let mut rig = Rig::new(mtu);
-        rig.run_until("attached", |rig| rig.attach.get().is_some());
-        let memory = rig.memory.clone();
-        rig.ask(Change::Memory(memory));
-        let (ring, _signals) = rig.start(0, true);
-        (rig, ring)
-    }
-
-    fn wait_for(&mut self, ring: &mut Ring, count: usize) -> Vec<Used> {
-        let mut used = Vec::new();
-        self.run_until("requests came back", |_| {
-            used.extend(ring.used());
-            used.len() >= count
-        });
-        used
-    }
-
-    fn one(&mut self, ring: &mut Ring, (kind, sector): (u32, u64), data: u64, len: usize) -> Used {
-        let head = ring.add(kind, sector, data, len as u32);
-        let used = self.wait_for(ring, 1);
-        assert_eq!(used.len(), 1);
-        assert_eq!(used[0].head, head);
-        used[0]
-    }
-}
 
 #[test]
 fn what_the_guest_writes_is_on_the_node_and_reads_back() {

@@ -77,6 +77,11 @@ impl Ring {
         self.put(at + 14, index + 1);
     }
 
+    /// The head of the next request.
+    pub(crate) fn next_head(&self) -> u16 {
+        *self.free.last().expect("a free place on the ring")
+    }
+
     /// Makes a request available: header, data of `len` bytes at `data`, status. Gives its head.
     pub(crate) fn add(&mut self, kind: u32, sector: u64, data: u64, len: u32) -> u16 {
         let head = self.free.pop().expect("a free place on the ring");
@@ -104,6 +109,11 @@ impl Ring {
         self.put(self.base + AVAIL + 2, self.next_avail);
     }
 
+    /// Takes what lies in memory for what this driver did: so many requests came back of those that were made available.
+    pub(crate) fn skip_to(&mut self, used: u16, available: u16) {
+        (self.next_used, self.next_avail) = (used, available);
+    }
+
     /// Sets the available index to something foolish.
     pub(crate) fn jump(&self, index: u16) {
         self.put(self.base + AVAIL + 2, index);
@@ -118,6 +128,7 @@ impl Ring {
             let (head, len): (u32, u32) = (self.get(at), self.get(at + 4));
             let head = head as u16;
             used.push(Used { head, len, status: self.get(self.base + STATUSES + u64::from(head)) });
+            assert!(!self.free.contains(&head), "head {head} came back twice");
             self.free.push(head);
             self.next_used = self.next_used.wrapping_add(1);
         }

@@ -3,5 +3,6 @@
 //! Knows no threads: whoever uses it takes the turns.
 #![allow(dead_code, reason = "each test program uses its part of the rig")]
 
+pub(crate) mod bench;
 pub(crate) mod guest;
 pub(crate) mod node;

@@ -28,6 +28,8 @@ pub(crate) struct Node {
     pub(crate) silent: bool,
     /// Keeps requests unanswered until it is false again.
     pub(crate) hold: bool,
+    /// Keeps requests of this kind unanswered, and lets others overtake them.
+    pub(crate) hold_back: Option<Op>,
     /// Loses so many of the next frames with write data.
     pub(crate) lose_writes: usize,
     /// Answers every data request with this.
@@ -57,6 +59,7 @@ impl Node {
             info,
             silent: false,
             hold: false,
+            hold_back: None,
             lose_writes: 0,
             fail: None,
             runs: Vec::new(),
@@ -184,7 +187,9 @@ impl Node {
         }
         for event in events {
             match event {
-                Event::Run { op, .. } if self.hold && !matches!(op, Op::Release | Op::Stat) => {
+                Event::Run { op, .. }
+                    if self.hold_back == Some(op) || self.hold && !matches!(op, Op::Release | Op::Stat) =>
+                {
                     self.held.push(event)
                 }
                 Event::Run { slot, op, offset, len, .. } => self.run(slot, op, offset, len),
