@@ -151,10 +151,15 @@ fn print_outcome(seed: u64, outcome: &Outcome) {
 /// A row in this process: a line a seed, for the parent.
 fn run_row(flags: &Flags) -> ExitCode {
     logger::install(false);
+    let mut failures = 0;
     for seed in flags.from..flags.from.saturating_add(flags.count) {
         let outcome = World::new(options_of(seed, flags), false).run();
         let what = outcome.violation.map_or(String::new(), |violation| violation.0.replace('\n', " "));
         println!("{seed} {} {} {} {what}", outcome.requests, outcome.wire.frames, outcome.virtual_time.0);
+        failures += u64::from(!what.is_empty());
+        if failures >= flags.failures {
+            break;
+        }
     }
     ExitCode::SUCCESS
 }
@@ -203,20 +208,21 @@ fn work_off(next: &Mutex<u64>, end: u64, flags: &Flags, sum: &Mutex<Sum>) {
         if from >= end || enough {
             return;
         }
-        run_child(from, SEEDS_PER_CHILD.min(end - from), &flags.without, sum);
+        run_child(from, SEEDS_PER_CHILD.min(end - from), flags, sum);
     }
 }
 
-fn run_child(from: u64, count: u64, without: &[String], sum: &Mutex<Sum>) {
+fn run_child(from: u64, count: u64, flags: &Flags, sum: &Mutex<Sum>) {
     let program = std::env::current_exe().expect("this program has a path");
     let mut child = Command::new(program)
         .args(["--child", "--from", &from.to_string(), "--count", &count.to_string()])
-        .args(without.iter().flat_map(|kind| ["--without", kind]))
+        .args(["--failures", &flags.failures.to_string()])
+        .args(flags.without.iter().flat_map(|kind| ["--without", kind]))
         .stdout(Stdio::piped())
         .spawn()
         .expect("this program can be run");
     let output = child.stdout.take().expect("its output is ours");
-    let mut seen = 0;
+    let (mut seen, mut failed) = (0, false);
     for line in BufReader::new(output).lines() {
         let line = line.expect("a line of text");
         let mut words = line.splitn(5, ' ');
@@ -227,11 +233,12 @@ fn run_child(from: u64, count: u64, without: &[String], sum: &Mutex<Sum>) {
         sum.virtual_seconds += nanos as f64 / 1e9;
         if let Some(what) = words.next().filter(|what| !what.is_empty()) {
             sum.failed.push((seed, what.to_owned()));
+            failed = true;
         }
         seen += 1;
     }
     let status = child.wait().expect("it was ours to wait for");
-    if seen != count || !status.success() {
+    if (seen != count && !failed) || !status.success() {
         let what = format!("the process ended in the middle of it: {status}");
         sum.lock().expect("no worker panics").failed.push((from + seen, what));
     }

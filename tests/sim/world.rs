@@ -25,7 +25,7 @@ const HEALING_TIME: Nanos = Nanos::from_secs(90);
 /// Two hosts that fight for a volume are given so long to finish what they can.
 const RIVALS_TIME: Nanos = Nanos::from_secs(20);
 /// Turns of a run: more is a busy loop.
-const TURNS_MAX: u64 = 3_000_000;
+const TURNS_MAX: u64 = 500_000;
 /// When a run begins: not at 0, which production code may take for "never".
 const START: Instant = Instant(1_000_000_000);
 
