@@ -133,15 +133,24 @@ struct Backend {
     ended: Arc<AtomicBool>,
     silent: Arc<AtomicBool>,
     mailbox: Mailbox,
+    /// Another one goes on with its state.
+    keeps_state: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Backend {
     fn start(name: &str) -> Backend {
+        Backend::start_with(name, false)
+    }
+
+    /// With a node that says something, or with a `silent` one.
+    fn start_with(name: &str, silent: bool) -> Backend {
         let path = std::env::temp_dir().join(format!("cirro-vhost-{}-{name}", std::process::id()));
         let (mailbox, inbox) = mailbox().unwrap();
-        let (attach, stop) = (Arc::<Attach>::default(), Stop::new().unwrap());
-        let (ended, silent) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let state =
+            State::open(&path.with_extension("state"), "vol".parse().unwrap(), Uuid([1; 16])).unwrap();
+        let (attach, stop) = (Arc::new(Attach::new(state.volume())), Stop::new().unwrap());
+        let (ended, silent) = (Arc::<AtomicBool>::default(), Arc::new(AtomicBool::new(silent)));
         let listening = Listening::open(&Socket::Path(path.clone())).unwrap();
         let server = DiskServer {
             id: DiskId(0),
@@ -157,9 +166,7 @@ impl Backend {
             link: "memory".into(),
             mailbox: mailbox.clone(),
             attach: Arc::clone(&attach),
-            state: Arc::new(
-                State::open(&path.with_extension("state"), "vol".parse().unwrap(), Uuid([1; 16])).unwrap(),
-            ),
+            state: Arc::new(state),
             stop: stop.clone(),
             connected: Arc::default(),
         };
@@ -169,7 +176,7 @@ impl Backend {
                 .unwrap();
         });
         let disk = std::thread::spawn(move || server.run(&listening).unwrap());
-        Backend { path, stop, ended, silent, mailbox, threads: vec![disk, worker] }
+        Backend { path, stop, ended, silent, mailbox, keeps_state: false, threads: vec![disk, worker] }
     }
 
     fn session(&self) -> cirro_backend::stats::SessionReport {
@@ -192,7 +199,9 @@ impl Drop for Backend {
             assert!(disk.is_ok() && worker.is_ok(), "the backend's threads end cleanly");
             assert!(!self.path.exists(), "the socket is removed");
         }
-        let _ = std::fs::remove_dir_all(self.path.with_extension("state"));
+        if !self.keeps_state {
+            let _ = std::fs::remove_dir_all(self.path.with_extension("state"));
+        }
     }
 }
 
@@ -349,6 +358,30 @@ fn a_front_end_that_comes_back_finds_the_same_disk() {
 }
 
 /// P-94: the ring is looked at when it starts.
+#[test]
+fn a_backend_that_starts_before_its_node_offers_the_disk_it_offered_before() {
+    let mut backend = Backend::start("before");
+    backend.keeps_state = true;
+    let mut guest = Guest::connect(&backend, None);
+    let config = |guest: &mut Guest| {
+        guest.frontend.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap().1
+    };
+    let (features, told) = (guest.features, config(&mut guest));
+    drop((guest, backend));
+
+    let backend = Backend::start_with("before", true);
+    let mut guest = Guest::connect(&backend, None);
+    assert_eq!((guest.features, config(&mut guest)), (features, told));
+    guest.start(0);
+    guest.ring.write(DATA, &pattern(4, 4096));
+    guest.ring.add(1, 0, DATA, 4096);
+    guest.kick.write(1).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(guest.ring.used().is_empty(), "no node is there");
+    backend.silent.store(false, Ordering::Relaxed);
+    assert_eq!(guest.wait(1)[0].status, 0);
+}
+
 #[test]
 fn requests_made_available_before_the_start_need_no_kick() {
     let backend = Backend::start("early");
