@@ -54,6 +54,8 @@ pub(crate) struct RingOptions {
     /// Buffers of writes that change in flight, in percent.
     pub(crate) meddling: u32,
     pub(crate) discards: bool,
+    /// Half of the requests meet in so many sectors at the start of the volume.
+    pub(crate) corner: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -359,8 +361,8 @@ impl Ring {
             1..=3 => 8.min(room),
             _ => rng.u64(1..=16.min(room)),
         };
-        // Half of the requests meet in one corner of the volume.
-        let span = if rng.bool() { self.volume_sectors } else { self.volume_sectors.min(64 + count) };
+        let corner = (self.options.corner + count).min(self.volume_sectors);
+        let span = if rng.bool() { self.volume_sectors } else { corner };
         let first = rng.u64(0..=span - count);
         let sectors = first..first + count;
         let runs = match kind {

@@ -190,11 +190,12 @@ impl Options {
             big: if rng.u8(0..3) == 0 { 5 } else { 0 },
             meddling,
             discards: rng.bool(),
+            corner: *rng.choice(&[2, 16, 64]).expect("some"),
         };
         let disk = |rng: &mut Rng, volume: usize| DiskOptions {
             volume,
             rings: (0..rng.usize(1..=2)).map(|_| ring(rng)).collect(),
-            requests: rng.usize(20..=120),
+            requests: *rng.choice(&[30, 80, 150, 300]).expect("some"),
             write_through: rng.u8(0..8) == 0,
             take_over: false,
         };
@@ -257,7 +258,7 @@ pub(crate) fn bad_weather(rng: &mut Rng) -> Weather {
         duplication: some(30, 50_000),
         corruption: some(20, 30_000),
         truncation: some(10, 30_000),
-        stragglers: some(40, 100_000),
+        stragglers: some(50, 200_000),
         ..Weather::default()
     };
     weather.delay = Nanos::from_micros(*rng.choice(&[5, 20, 100, 2_000]).expect("some"));

@@ -13,7 +13,17 @@ use crate::{logger, quiet_kills};
 const CUT: fn() -> Weather = || Weather { cut: true, ..Weather::default() };
 
 fn ring(size: u16, depth: usize) -> RingOptions {
-    RingOptions { size, depth, event_idx: true, garbage: 0, flushes: 8, big: 0, meddling: 0, discards: true }
+    RingOptions {
+        size,
+        depth,
+        event_idx: true,
+        garbage: 0,
+        flushes: 8,
+        big: 0,
+        meddling: 0,
+        discards: true,
+        corner: 64,
+    }
 }
 
 /// One host with one disk of one ring, one volume, and nothing that happens by itself.
