@@ -5,9 +5,9 @@
 //! Used by `record`; opened by `main`. The variant without a file lives as long as its last clone, which is how tests and the simulator let a backend
 //! die and give what it left to the next.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -56,13 +56,9 @@ impl Mapped {
     pub fn open(path: &Path, bytes: usize) -> Result<Mapped, Error> {
         let failed = |doing| move |cause| Error::Io { doing, path: path.to_owned(), cause };
         if let Some(dir) = path.parent() {
-            // What guests have written may lie there: for nobody else to read.
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .map_err(failed("make the directory of"))?;
+            fs::create_dir_all(dir).map_err(failed("make the directory of"))?;
         }
+        // What guests have written may lie there: for nobody else to read.
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
         let file = file.map_err(failed("open"))?;
