@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Once, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use cirro_ctl::client;
 use cirro_ctl::report::{BackendReport, NodeReport, Report, WorkerCounters};
@@ -25,6 +25,7 @@ const START_MAX: Duration = Duration::from_secs(20);
 const STOP_MAX: Duration = Duration::from_secs(10);
 /// How long a daemon may take to answer on its control socket.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+const MILLIS_PER_DAY: u128 = 24 * 60 * 60 * 1000;
 /// Lines of a log that a failure shows.
 const LOG_LINES_SHOWN: usize = 60;
 
@@ -150,10 +151,13 @@ impl Daemon {
 
     /// What it printed last.
     pub fn log_tail(&self) -> String {
-        let text = std::fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let text = self.log_text();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+    }
+
+    fn log_text(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
     /// Its process id.
@@ -164,6 +168,41 @@ impl Daemon {
     /// Kills it at once, as a power cut would.
     pub fn kill(mut self) {
         self.end();
+    }
+
+    /// Kills it without waiting for its end: what it has in the kernel may keep it for long.
+    pub fn kill_now(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    /// Stops it where it stands, until [`Daemon::resume`].
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// How often it printed a line with `text` in it.
+    pub fn times_said(&self, text: &str) -> usize {
+        self.log_text().lines().filter(|line| line.contains(text)).count()
+    }
+
+    /// When it printed the last line with `text` in it, by the clock of its log.
+    ///
+    /// # Panics
+    /// It never did.
+    pub fn said_at(&self, text: &str) -> Instant {
+        let log = self.log_text();
+        let line = log.lines().rfind(|line| line.contains(text));
+        let line = line.unwrap_or_else(|| panic!("{} never said '{text}':\n{}", self.name, self.log_tail()));
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let clock = clock.duration_since(SystemTime::UNIX_EPOCH).expect("it is past 1970");
+        let said = time_of_day(line).expect("a line begins with its time");
+        let passed = (clock.as_millis() % MILLIS_PER_DAY + MILLIS_PER_DAY - said) % MILLIS_PER_DAY;
+        now - Duration::from_millis(u64::try_from(passed).expect("less than a day"))
     }
 
     /// Asks it to end and gives its exit status.
@@ -280,6 +319,13 @@ impl Drop for Daemon {
     }
 }
 
+/// Milliseconds since midnight, of a log line that begins `2026-11-23T06:02:03.123Z`.
+fn time_of_day(line: &str) -> Option<u128> {
+    let number = |range: std::ops::Range<usize>| line.get(range)?.parse::<u128>().ok();
+    let seconds = (number(11..13)? * 60 + number(14..16)?) * 60 + number(17..19)?;
+    Some(seconds * 1000 + number(20..23)?)
+}
+
 /// How a daemon of ours is started.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
@@ -316,6 +362,9 @@ impl<'a> Launch<'a> {
         command.args(["--link", INTERFACE, "--security", "none"]);
         command.arg("--state-dir").arg(scratch.path(&format!("{}.state", self.name)));
         command.arg("--ctl-socket").arg(scratch.path(&format!("{}.ctl", self.name)));
+        if program == "cirro-backend" {
+            command.arg("--run-dir").arg(scratch.path(&format!("{}.run", self.name)));
+        }
         Daemon::start(scratch, self.name, command.args(self.arguments))
     }
 

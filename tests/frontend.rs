@@ -1,7 +1,7 @@
 //! A virtio-blk front-end without a VM: the `blkio` crate's vhost-user driver, which owes nothing to our back-end.
 //!
 //! Does not know what is right to read (that is `verify`) nor who serves. Keeps every queue full from one thread, times each request, and takes one that
-//! does not end in ten seconds for a failure. Used by the end-to-end tests and the benchmark.
+//! does not end in ten seconds, or another time, for a failure. Used by the end-to-end tests and the benchmark.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -16,6 +16,8 @@ use crate::verify::Corruption;
 
 /// A request that takes longer has stalled: guests give up after 30 s.
 pub const STALL: Duration = Duration::from_secs(10);
+/// A time without a completion that is shorter is none worth keeping.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
 /// How long a wait for a completion may last before stalls are looked for.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often the front-end tries to connect while the back-end starts.
@@ -119,6 +121,15 @@ pub enum Failure {
     Driver(#[from] blkio::Error),
 }
 
+/// A time in which no request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// The last completion before it.
+    pub from: Instant,
+    /// The first after it.
+    pub to: Instant,
+}
+
 /// What a run did.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -128,9 +139,17 @@ pub struct Outcome {
     pub elapsed: Duration,
     /// Latency of each request in nanoseconds.
     pub latency: Histogram<u64>,
+    /// Times of 5 ms and more without a completion, in order.
+    pub pauses: Vec<Pause>,
 }
 
 impl Outcome {
+    /// How long after `moment` the guest went on, if nothing had ended at that moment for a while; else no time.
+    pub fn pause_after(&self, moment: Instant) -> Duration {
+        let pause = self.pauses.iter().find(|pause| pause.from < moment && moment < pause.to);
+        pause.map_or(Duration::ZERO, |pause| pause.to - moment)
+    }
+
     /// Requests a second.
     pub fn iops(&self) -> f64 {
         self.requests as f64 / self.elapsed.as_secs_f64()
@@ -191,9 +210,23 @@ pub struct FrontEnd {
     /// How many of them are some.
     busy: usize,
     done: Vec<Done>,
+    patience: Duration,
 }
 
 impl FrontEnd {
+    /// Takes a request for stalled after this time instead of [`STALL`].
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// Takes the memory of all buffers away, as a VMM does that makes its memory file shorter. No buffer may be looked at from now on.
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn shrink_memory(&self) {
+        sys::shrink(&self.mapped).expect("a memory file can be made shorter");
+    }
+
     /// Connects to the back-end behind `socket` and starts its rings.
     ///
     /// # Errors
@@ -238,6 +271,7 @@ impl FrontEnd {
             in_flight,
             busy: 0,
             done: Vec::with_capacity(1024),
+            patience: STALL,
         })
     }
 
@@ -264,8 +298,14 @@ impl FrontEnd {
     /// # Errors
     /// The first failure of any request; others may still be in flight then.
     pub fn run(&mut self, load: &mut impl Workload, time: Duration) -> Result<Outcome, Failure> {
-        let mut run = Run { latency: histogram(), resting: VecDeque::new(), requests: 0 };
         let start = Instant::now();
+        let mut run = Run {
+            latency: histogram(),
+            resting: VecDeque::new(),
+            requests: 0,
+            last: start,
+            pauses: Vec::new(),
+        };
         let end = start + time;
         run.resting.extend(0..self.in_flight.len());
         let mut looked = start;
@@ -286,7 +326,8 @@ impl FrontEnd {
                 self.find_stalled(now)?;
             }
         }
-        Ok(Outcome { requests: run.requests, elapsed: start.elapsed(), latency: run.latency })
+        let Run { latency, requests, pauses, .. } = run;
+        Ok(Outcome { requests, elapsed: start.elapsed(), latency, pauses })
     }
 
     /// Gives every resting slot its next request.
@@ -367,6 +408,12 @@ impl FrontEnd {
     }
 
     fn finish(&mut self, load: &mut impl Workload, run: &mut Run, now: Instant) -> Result<(), Failure> {
+        if !self.done.is_empty() {
+            if now - run.last >= PAUSE_MIN {
+                run.pauses.push(Pause { from: run.last, to: now });
+            }
+            run.last = now;
+        }
         for Done { user_data: slot, ret } in self.done.drain(..) {
             let InFlight { io, since } = self.in_flight[slot].take().expect("a request ends once");
             self.busy -= 1;
@@ -386,7 +433,7 @@ impl FrontEnd {
         let busy =
             self.in_flight.iter().enumerate().filter_map(|(slot, entry)| entry.map(|entry| (slot, entry)));
         match busy.min_by_key(|(_, entry)| entry.since) {
-            Some((slot, InFlight { io, since })) if now - since > STALL => {
+            Some((slot, InFlight { io, since })) if now - since > self.patience => {
                 Err(Failure::Stalled { io, slot, age: now - since })
             }
             _ => Ok(()),
@@ -406,6 +453,9 @@ struct Run {
     /// Slots without a request, the longest resting first.
     resting: VecDeque<usize>,
     requests: u64,
+    /// The last completion.
+    last: Instant,
+    pauses: Vec<Pause>,
 }
 
 /// A request takes three descriptors: header, data, status.

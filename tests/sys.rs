@@ -90,6 +90,12 @@ pub(crate) fn completion_fd(queue: &Blkioq) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
+/// Makes the file behind a region empty; an access to the mapping faults from then on.
+pub(crate) fn shrink(region: &MemoryRegion) -> io::Result<()> {
+    // SAFETY: plain system call; blkio keeps the region's descriptor open for as long as the region.
+    check(unsafe { libc::ftruncate(region.fd, 0) }).map(drop)
+}
+
 /// Moves this thread into the network namespace behind `namespace`.
 pub(crate) fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: plain system call on a descriptor that is open.

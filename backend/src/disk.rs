@@ -249,6 +249,10 @@ impl Disk {
             match event {
                 Event::Done { slot, status } => {
                     self.stalled = false;
+                    if status == Status::Fenced {
+                        let info = self.info;
+                        self.refused(now, status, &info);
+                    }
                     if let Some(finished) = self.pending.part_done(now, slot, status) {
                         self.complete(&finished);
                     }

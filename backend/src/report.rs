@@ -16,6 +16,7 @@ use cirro_link::packet::Drops;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps};
 use cirro_protocol::initiator::StateName;
+use cirro_protocol::op::Status;
 use cirro_protocol::types::{MacAddress, Uuid};
 use cirro_protocol::wire::body::VOLUME_READ_ONLY;
 
@@ -214,6 +215,19 @@ fn disk_state(session: Option<&SessionReport>, attached: bool) -> State<DiskStat
             }
         }
     };
-    let why = session.refusal.map(|status| format!("the node answered {status:?}"));
+    let why = session.refusal.map(|status| match status {
+        Status::Busy => "another attachment holds the volume; the node's log says which".to_owned(),
+        Status::Fenced => "another attachment took the volume over".to_owned(),
+        Status::Ok
+        | Status::Io
+        | Status::NoSpace
+        | Status::Stale
+        | Status::Retry
+        | Status::Invalid
+        | Status::ReadOnly
+        | Status::Corrupt
+        | Status::Access
+        | Status::Unsupported => format!("the node answered {status:?}"),
+    });
     State { name, since_ns: session.since.0, why }
 }

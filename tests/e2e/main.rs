@@ -3,10 +3,15 @@
 //!
 //! Knows nothing of the daemons' insides. What a failed test shows are the daemons' own logs.
 
+mod crashes;
+mod device;
 mod fixture;
 mod matrix;
+mod ownership;
 mod path;
+mod power;
 mod rig;
 mod sessions;
 mod sharing;
+mod storage;
 mod tap;
