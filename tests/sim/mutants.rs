@@ -21,6 +21,12 @@ struct List {
 #[serde(deny_unknown_fields)]
 struct Mutant {
     name: String,
+    edit: Vec<Edit>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Edit {
     file: PathBuf,
     old: String,
     new: String,
@@ -80,13 +86,17 @@ fn copy_tree(root: &Path, to: &Path) -> anyhow::Result<()> {
 
 /// The first line about the seed that fails; `None` when none does.
 fn plant(mutant: &Mutant, root: &Path, copy: &Path, without: &[String]) -> anyhow::Result<Option<String>> {
-    let (source, target) =
-        (std::fs::read_to_string(root.join(&mutant.file))?, copy.join("tree").join(&mutant.file));
-    let places = source.matches(&mutant.old).count();
-    ensure!(places == 1, "its old text is {places} times in {}", mutant.file.display());
-    std::fs::write(&target, source.replace(&mutant.old, &mutant.new))?;
+    let tree = copy.join("tree");
+    for edit in &mutant.edit {
+        let source = std::fs::read_to_string(tree.join(&edit.file))?;
+        let places = source.matches(&edit.old).count();
+        ensure!(places == 1, "its old text is {places} times in {}", edit.file.display());
+        std::fs::write(tree.join(&edit.file), source.replace(&edit.old, &edit.new))?;
+    }
     let outcome = build_and_run(copy, without);
-    std::fs::write(&target, source)?;
+    for edit in &mutant.edit {
+        std::fs::copy(root.join(&edit.file), tree.join(&edit.file))?;
+    }
     outcome
 }
 
