@@ -1,6 +1,6 @@
 # Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-install lint sim mutants fuzz bench doc
+.PHONY: help demo test test-install lint sim mutants fuzz soak crash-test bench doc
 
 MINUTES ?= 1
 FROM ?= 1
@@ -32,6 +32,9 @@ mutants: ## Plant deliberate bugs in a copy and see the simulator find each (15 
 
 fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))
+
+soak: ## Real daemons under verified load, killed, cut off and stopped at random for MINUTES=1; SEED=n repeats a run.
+	cargo run --quiet --release --locked -p cirro-tests --bin cirro-soak -- --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 crash-test: ## A guest works on while both daemons are killed 20 times each and the wire is cut, in both modes.
 	cargo build --release --quiet --locked -p cirro-node -p cirro-backend -p cirro-ctl

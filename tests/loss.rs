@@ -13,6 +13,8 @@ pub enum Drop {
     PerMille(u32),
     /// Frames with more than this many bytes after the Ethernet header.
     LongerThan(u32),
+    /// Every frame.
+    All,
 }
 
 /// Replaces what is dropped on the machine's ingress. An empty list ends all loss.
@@ -24,6 +26,7 @@ pub fn set(machine: &Machine, drops: &[Drop]) {
             Drop::PerMille(rate) => format!("numgen random mod 1000 < {rate}"),
             // At this hook the kernel has taken the Ethernet header off, so `meta length` counts what follows it.
             Drop::LongerThan(bytes) => format!("meta length > {bytes}"),
+            Drop::All => "meta length >= 0".to_owned(),
         };
         let _ = writeln!(rules, "    {condition} counter drop");
     }

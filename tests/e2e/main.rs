@@ -13,5 +13,6 @@ mod power;
 mod rig;
 mod sessions;
 mod sharing;
+mod soak;
 mod storage;
 mod tap;
