@@ -307,10 +307,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let by_itself = if self.ended { None } else { self.child.try_wait().unwrap_or_default() };
         self.end();
         if std::thread::panicking() {
+            let end = by_itself.map_or_else(String::new, |status| format!(", which ended by itself: {status}"));
             eprintln!(
-                "--- last lines of {}\n{}\n--- end of {}",
+                "--- last lines of {}\n{}\n--- end of {}{end}",
                 self.log.display(),
                 self.log_tail(),
                 self.name

@@ -5,6 +5,8 @@
 //! bytes) and `worker` (payloads).
 #![allow(unsafe_code, reason = "a Run names guest memory by pointer; the one call that makes one is below")]
 
+use std::sync::Arc;
+
 use cirro_link::Run;
 use cirro_seal::Crc32c;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
@@ -13,6 +15,8 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
     VolatileSlice,
 };
+
+use crate::memory_guard::Guard;
 
 /// Guest memory as the front-end described it; cheap to clone, and a clone keeps the mappings alive.
 pub type Regions = GuestMemoryMmap<BitmapMmapRegion>;
@@ -44,18 +48,26 @@ pub struct Outside {
 /// The memory of one guest, as it is for the length of a turn.
 #[derive(Clone, Debug, Default)]
 pub struct GuestMemory {
+    // Goes before the mappings that it guards.
+    guard: Arc<Guard>,
     regions: Regions,
 }
 
 impl GuestMemory {
     /// The memory behind `regions`.
     pub fn new(regions: Regions) -> GuestMemory {
-        GuestMemory { regions }
+        let host_memory = regions.iter().map(|region| (region.as_ptr() as usize, region.len() as usize));
+        GuestMemory { guard: Arc::new(Guard::new(host_memory)), regions }
     }
 
     /// The regions, for the operations of a virtqueue.
     pub fn regions(&self) -> &Regions {
         &self.regions
+    }
+
+    /// Pages that the front-end took away while they were wanted: its memory file became shorter.
+    pub fn pages_replaced(&self) -> u64 {
+        self.guard.pages_replaced()
     }
 
     /// True if every byte of the run is backed by a region.
@@ -254,10 +266,23 @@ impl PrivateCopies {
         crcs: &mut Vec<u32>,
     ) -> Result<Run, Outside> {
         let (offset, len) = range;
+        self.fill(len, crcs, |bytes| memory.gather(runs, offset, bytes))
+    }
+
+    /// Lets `put` fill `len` bytes; gives them as a run for the link, and appends one CRC32C per block to `crcs`.
+    ///
+    /// # Errors
+    /// That of `put`.
+    pub fn fill<E>(
+        &mut self,
+        len: u32,
+        crcs: &mut Vec<u32>,
+        put: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Run, E> {
         let start = self.bytes.len();
         assert!(start + len as usize <= PRIVATE_BYTES_MAX, "room was checked before");
         self.bytes.resize(start + len as usize, 0);
-        memory.gather(runs, offset, &mut self.bytes[start..])?;
+        put(&mut self.bytes[start..])?;
         let copy = &self.bytes[start..];
         crcs.extend(copy.chunks(cirro_protocol::types::BLOCK_BYTES).map(cirro_seal::crc32c));
         // SAFETY: the vector's capacity was reserved at the start and is never exceeded (asserted above), so the bytes do not move; they are only dropped by
@@ -268,6 +293,8 @@ impl PrivateCopies {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::FileOffset;
+
     use super::*;
 
     /// Two regions that touch at 0x2000, and a hole from 0x3000.
@@ -303,6 +330,25 @@ mod tests {
         assert!(!memory.covers(u64::MAX - 3, 8));
         assert!(memory.covers(0x1ffe, 4));
         assert!(!memory.covers(0xfff, 2));
+    }
+
+    /// What a VMM that shrinks its memory file does to us.
+    #[test]
+    fn memory_whose_file_became_shorter_reads_as_zeroes_and_takes_writes() {
+        let file =
+            std::fs::File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(0x3000).unwrap();
+        let ranges = [(GuestAddress(0), 0x3000, Some(FileOffset::new(file.try_clone().unwrap(), 0)))];
+        let memory = GuestMemory::new(Regions::from_ranges_with_files(ranges).unwrap());
+        memory.write(0, &[7; 0x3000]).unwrap();
+        file.set_len(0x1000).unwrap();
+        let mut back = [1; 0x3000];
+        memory.read(0, &mut back).unwrap();
+        assert_eq!((back[0xfff], &back[0x1000..]), (7, &[0; 0x2000][..]));
+        memory.write(0x2000, &[9; 4]).unwrap();
+        memory.read(0x2000, &mut back[..4]).unwrap();
+        assert_eq!(back[..4], [9; 4]);
+        assert_eq!(memory.pages_replaced(), 2);
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod guest_memory;
 pub mod inherited;
 pub mod mailbox;
 pub mod mapped;
+pub mod memory_guard;
 pub mod pending;
 pub mod record;
 pub mod report;

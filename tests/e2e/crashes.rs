@@ -1,13 +1,16 @@
-//! A node that is killed again and again under a guest that works on.
+//! A node that is killed again and again under a guest that works on, and a VMM that takes its memory away.
 //!
 //! A killed backend needs a VMM that connects again, which the front-end here cannot: `qemu/crash-test.sh` kills that one.
 
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use cirro_tests::frontend::Shape;
+use cirro_tests::daemons::{Daemon, Launch};
+use cirro_tests::frontend::{Op, Shape};
+use cirro_tests::load::Load;
 use cirro_tests::verify::{Mix, Size, Verifier};
 
-use crate::rig::{DISK_BYTES, Rig, connect, judge, must, start_node};
+use crate::rig::{DISK_BYTES, Rig, connect, judge, must, start_node, volume};
 
 const SHAPE: Shape = Shape { queues: 2, depth: 16, bytes_max: 128 << 10, poll: false };
 /// How often the node is killed.
@@ -51,5 +54,51 @@ fn a_node_restarted_under_load_is_a_pause_of_less_than_100_ms_once_it_is_up() {
     let seen = outcome.pauses.iter().filter(|pause| pause.to - pause.from > Duration::from_millis(8)).count();
     assert!(seen >= KILLS, "the guest noticed {seen} of {KILLS} kills: it was not at work");
     assert!(pauses[KILLS - 1] < PAUSE_MAX, "the guest waited {:?} for a node that was up", pauses[KILLS - 1]);
+    rig.stop();
+}
+
+/// A backend process with the disks `gone` and `stays`.
+fn two_disks(rig: &Rig) -> Daemon {
+    let mut file = String::new();
+    for name in ["gone", "stays"] {
+        let socket = rig.scratch.path(&format!("{name}.sock"));
+        let _ = writeln!(file, "[[disk]]\nvolume = \"{name}\"\nsocket-path = \"{}\"", socket.display());
+    }
+    let path = rig.scratch.path("two.toml");
+    std::fs::write(&path, file).expect("a file can be written");
+    Launch::new("two").with(&["--config", &path.to_string_lossy()]).backends(rig.lab.host(), &rig.scratch)
+}
+
+#[test]
+fn a_vmm_that_shrinks_its_memory_file_does_not_take_other_disks_down() {
+    let rig = Rig::new(9000);
+    let volumes = ["gone", "stays"].map(|name| volume(name, &rig.scratch.volume(name, 64 << 20)));
+    let second = Launch::new("second").node(rig.lab.store(), &rig.scratch, &volumes);
+    let backend = two_disks(&rig);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let mut verifier = Verifier::new(64 << 20, 32);
+            let mut front_end = connect(&rig.scratch, "stays", SHAPE);
+            let time = Duration::from_secs(3);
+            let outcome = judge(&mut verifier, &mut front_end, Size::Fixed(4096), Mix::ReadWrite, time);
+            must(verifier.check_all(&mut front_end));
+            outcome
+        });
+        for op in [Op::Write, Op::Read] {
+            let mut front_end = connect(&rig.scratch, "gone", SHAPE);
+            front_end.set_patience(Duration::from_millis(500));
+            let mut load = Load::random(op, 64 << 10, 64 << 20);
+            must(front_end.run(&mut load, Duration::from_millis(200)));
+            front_end.shrink_memory();
+            // Whatever becomes of these requests is the VMM's own fault; it is the neighbour that is judged.
+            match front_end.run(&mut load, Duration::from_millis(200)) {
+                Ok(outcome) => println!("{op:?} without memory {}", outcome.line()),
+                Err(failure) => println!("{op:?} without memory: {failure}"),
+            }
+        }
+        println!("the other disk {}", other.join().expect("the other disk is right").line());
+    });
+    backend.stop();
+    second.stop();
     rig.stop();
 }
