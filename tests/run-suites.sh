@@ -17,7 +17,7 @@ export target release
 # name | budget in seconds | command. The budgets add up to 25 minutes.
 # shellcheck disable=SC2016 # the shell that runs a suite expands it
 suites=(
-    'install|120|tests/install.sh'
+    'install|60|tests/install.sh'
     'build|450|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet && cargo test --release -p cirro-tests --no-run --locked --quiet && cargo test --profile sim -p cirro-tests --bin cirro-sim --no-run --locked --quiet && cargo build --profile sim -p cirro-tests --bin cirro-sim --locked --quiet'
     'lint|90|tests/lint.sh'
     'unit|150|cargo test --workspace --exclude cirro-tests --locked'
@@ -26,8 +26,9 @@ suites=(
     'dissector|20|cargo test --workspace --test dissector --locked'
     'fuzz|120|tests/fuzz/run.sh build'
     'sim|270|cargo test --profile sim -p cirro-tests --bin cirro-sim --locked && "$target/sim/cirro-sim" --from 1 --count 12000 && "$target/sim/cirro-sim" --random --count 2000'
-    'e2e|370|CIRRO_BIN_DIR=$release cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
-    'guest|150|for options in "" "--loss 1 --vcpus 4" "--mtu 1500"; do qemu/guest-test.sh --bin-dir "$release" $options || exit 1; done'
+    'e2e|300|CIRRO_BIN_DIR=$release cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
+    'guest|90|for options in "" "--loss 1 --vcpus 4" "--mtu 1500"; do qemu/guest-test.sh --bin-dir "$release" $options || exit 1; done'
+    'crash|90|qemu/crash-test.sh --bin-dir "$release" --kills 3 --mode write-back'
 )
 
 passed=0
