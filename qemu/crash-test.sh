@@ -87,7 +87,7 @@ guest_hangs() {
 
 # kill_daemon PID: SIGKILL; returns when it is gone.
 kill_daemon() {
-  kill -KILL "$1"
+  kill -KILL "$1" 2>/dev/null || true
   wait "$1" 2>/dev/null || true
 }
 
