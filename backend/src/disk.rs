@@ -7,7 +7,7 @@ use std::sync::Arc;
 use cirro_protocol::initiator::{Event, Initiator, LossCause};
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{SERIAL_BYTES, VolumeName};
+use cirro_protocol::types::{SERIAL_BYTES, Slot, VolumeName};
 use cirro_protocol::wire::body::{
     Access, VOLUME_DISCARD, VOLUME_READ_ONLY, VOLUME_WRITE_THROUGH, VOLUME_WRITE_ZEROES, VolumeInfo,
 };
@@ -19,8 +19,10 @@ use crate::guest_memory::{GuestMemory, Outside, PrivateCopies, Regions};
 use crate::mailbox::{Answer, Change, Reply};
 use crate::pending::{Admission, Finished, Pending};
 use crate::record::Record;
+use crate::replay::{Life, Replay};
 use crate::request::{Chain, Limits, Reject, Request};
 use crate::stats::{DiskStats, SessionReport};
+use crate::unflushed::{Ended, Unflushed, Verdict};
 use crate::virtqueue::{ServedRing, Started, Stopping};
 
 /// Heads taken off one ring in a turn: fairness between rings and disks.
@@ -44,6 +46,8 @@ pub struct DiskConfig {
     pub attach: Arc<Attach>,
     /// What is in flight on its rings, with a place for each.
     pub record: Record,
+    /// What was written and not flushed.
+    pub replay: Replay,
     /// Its counters.
     pub stats: Arc<DiskStats>,
 }
@@ -69,6 +73,7 @@ pub struct Disk {
     /// The rings that are served, by number.
     rings: Vec<Option<ServedRing>>,
     record: Record,
+    unflushed: Unflushed,
     pending: Pending,
     info: VolumeInfo,
     limits: Limits,
@@ -93,6 +98,7 @@ impl Disk {
             initiator: config.initiator,
             attach: config.attach,
             record: config.record,
+            unflushed: Unflushed::new(config.replay),
             stats: config.stats,
             memory: GuestMemory::default(),
             rings: (0..config.queues).map(|_| None).collect(),
@@ -154,7 +160,7 @@ impl Disk {
             }
             Change::Report => reply.give(Answer::Session(Box::new(self.report()))),
             Change::Close => {
-                self.initiator.set_access(Access::ReadOnly);
+                self.choose_access();
                 reply.give(Answer::Done);
             }
         }
@@ -186,8 +192,10 @@ impl Disk {
         }
     }
 
+    /// Who serves a ring writes, and so does who has something to flush: the volume is given back after that.
     fn choose_access(&mut self) {
-        let write = self.rings.iter().any(Option::is_some) && !self.limits.read_only;
+        let used = self.rings.iter().any(Option::is_some) || self.unflushed.holds();
+        let write = used && !self.limits.read_only;
         self.initiator.set_access(if write { Access::ReadWrite } else { Access::ReadOnly });
     }
 
@@ -228,6 +236,7 @@ impl Disk {
             node: self.initiator.node_address(),
             stats: self.initiator.stats(),
             requests: self.pending.len(),
+            unflushed_bytes: self.unflushed.bytes(),
             rings: self.rings.iter().flatten().count(),
         }
     }
@@ -253,15 +262,16 @@ impl Disk {
                         let info = self.info;
                         self.refused(now, status, &info);
                     }
-                    if let Some(finished) = self.pending.part_done(now, slot, status) {
-                        self.complete(&finished);
-                    }
+                    self.ended(now, slot, status);
                 }
                 Event::Attached(info, access) => {
                     self.stalled = false;
                     (self.refusal, self.since) = (None, now);
                     log::info!("volume {}: open {access:?}, {} sectors", self.volume, info.capacity_sectors);
                     self.set_info(info);
+                    if access == Access::ReadWrite {
+                        self.meet();
+                    }
                 }
                 Event::Changed(info) => {
                     log::info!("volume {}: has changed, {} sectors", self.volume, info.capacity_sectors);
@@ -271,8 +281,55 @@ impl Disk {
                 Event::Lost(cause) => {
                     self.since = now;
                     self.log_loss(cause);
+                    // A request of several steps begins again: a flush at another start of the node says nothing of a write at the last.
+                    self.unflushed.lost();
+                    self.initiator.abandon(now);
+                    self.pending.restart_all();
                 }
             }
+        }
+    }
+
+    /// A slot has ended: a part of a guest's request, or a change or flush of our own.
+    fn ended(&mut self, now: Instant, slot: Slot, status: Status) {
+        let node = self.node();
+        let failed_before = self.unflushed.has_failed();
+        let ended = self.unflushed.done(slot, status, node);
+        if self.unflushed.has_failed() && !failed_before {
+            log::error!(
+                "volume {}: a change that the node had forgotten could not be written again ({status:?}); every flush fails until it can be",
+                self.volume
+            );
+        }
+        let Ended::Guest(status) = ended else { return self.choose_access() };
+        let kept = self.info.flags & VOLUME_WRITE_THROUGH == 0 || self.unflushed.keeps();
+        let (unflushed, memory) = (&mut self.unflushed, &self.memory);
+        let keep = |admission: &Admission, runs: &[_]| !kept || unflushed.keep(memory, admission, runs);
+        if let Some(finished) = self.pending.part_done(now, slot, status, keep) {
+            self.complete(&finished);
+        }
+    }
+
+    fn node(&self) -> Option<Life> {
+        let incarnation = self.initiator.incarnation()?;
+        Some(Life { incarnation, vol_epoch: self.info.vol_epoch })
+    }
+
+    /// The volume is open for writing: at a node that may have forgotten what was not flushed.
+    fn meet(&mut self) {
+        let Some(node) = self.node() else { return };
+        match self.unflushed.attached(node) {
+            Verdict::GoOn => {}
+            Verdict::WriteAgain(bytes) => log::info!(
+                "volume {}: the node was started anew; {} KiB that were not flushed are written again first",
+                self.volume,
+                bytes / 1024
+            ),
+            Verdict::Discarded(bytes) => log::error!(
+                "volume {}: another attachment had it meanwhile; {} KiB that were not flushed are not written again",
+                self.volume,
+                bytes / 1024
+            ),
         }
     }
 
@@ -369,6 +426,7 @@ impl Disk {
     /// Step 4 of a turn: takes requests off the rings while there is room. True if a ring may have more although there is room.
     pub fn accept(&mut self, now: Instant) -> bool {
         let mut more = false;
+        self.submit_own();
         self.submit_waiting(now);
         let rings = self.rings.len();
         self.first_ring = (self.first_ring + 1) % rings;
@@ -385,13 +443,31 @@ impl Disk {
 
     /// True if a request that is taken off a ring now can be given to the session at once.
     fn has_room(&self) -> bool {
-        !self.pending.has_waiting() && self.initiator.free_slots() > 0
+        !self.unflushed.blocks() && !self.pending.has_waiting() && self.initiator.free_slots() > 0
+    }
+
+    /// What must be written again, and a flush before the volume is given back.
+    fn submit_own(&mut self) {
+        while let Some(change) = self.unflushed.next_change() {
+            let Some(slot) = self.initiator.submit(change.op, change.offset, change.len) else { return };
+            self.unflushed.submitted(slot);
+        }
+        let unused = self.rings.iter().all(Option::is_none);
+        if unused
+            && self.unflushed.wants_flush()
+            && let Some(slot) = self.initiator.submit(Op::Flush, 0, 0)
+        {
+            self.unflushed.own_flush_submitted(slot);
+        }
     }
 
     fn submit_waiting(&mut self, now: Instant) {
-        while let Some(part) = self.pending.next_part() {
+        while let Some(part) = self.pending.next_part().filter(|_| !self.unflushed.blocks()) {
             let Some(slot) = self.initiator.submit(part.op, part.offset, part.len) else { break };
             self.pending.submitted(now, slot);
+            if part.op == Op::Flush {
+                self.unflushed.flush_submitted(slot);
+            }
         }
     }
 
@@ -474,6 +550,13 @@ impl Disk {
         crcs: &mut Vec<u32>,
         mut each: impl FnMut(cirro_link::Run),
     ) {
+        if let Some(position) = self.unflushed.position(payload.slot) {
+            let copied = copies.fill(payload.len, crcs, |bytes| {
+                self.unflushed.read(position, payload.offset, bytes);
+                Ok::<(), Outside>(())
+            });
+            return copied.map(each).expect("a copy is never outside");
+        }
         let (runs, start) = self.pending.data(payload.slot).expect("the core sends only from live slots");
         let (offset, len) = (start + payload.offset, payload.len);
         let added = if payload.losses >= PRIVATE_AFTER_LOSSES {

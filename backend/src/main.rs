@@ -14,6 +14,7 @@ use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::mailbox::{Change, DiskId, Mailbox, mailbox};
 use cirro_backend::mapped::{self, Mapped};
 use cirro_backend::record::Record;
+use cirro_backend::replay::{self, Replay};
 use cirro_backend::report::{DiskView, View};
 use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
@@ -53,7 +54,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .iter()
         .map(|disk| State::open(&config.state_dir, disk.volume, random::uuid()).map(Arc::new))
         .collect::<Result<Vec<_>, _>>()?;
-    let records = open_records(&config, &states)?;
+    let remains = open_remains(&config, &states)?;
     let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link))?;
     log::warn!(
@@ -61,7 +62,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         config.link
     );
 
-    let kept = states.into_iter().zip(records).collect();
+    let kept = states.into_iter().zip(remains).collect();
     let crew = Crew::new(&config, kept, process, links, &stop)?;
     let Crew { workers, disks, mut view } = crew;
     let _control = match &config.ctl_socket {
@@ -87,22 +88,36 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
 }
 
 /// What a disk keeps over restarts.
-type Kept = (Arc<State>, Record);
+type Kept = (Arc<State>, Remains);
 
-/// One record for each disk, named for its attachment: several backends may share the directory.
-fn open_records(config: &Config, states: &[Arc<State>]) -> anyhow::Result<Vec<Record>> {
+/// What the end of a process leaves of a disk to the next.
+struct Remains {
+    record: Record,
+    replay: Replay,
+}
+
+/// The remains of each disk, named for its attachment: several backends may share the directory.
+fn open_remains(config: &Config, states: &[Arc<State>]) -> anyhow::Result<Vec<Remains>> {
     let boot = mapped::boot_id()?;
-    let disks = config.disks.iter().zip(states);
-    let records = disks.map(|(disk, state)| {
-        let path = config.run_dir.join(format!("{}.inflight", state.attachment));
-        let bytes = Record::bytes(disk.queues);
+    let open = |name: String, bytes, reserved| -> anyhow::Result<Mapped> {
+        let path = config.run_dir.join(name);
         let memory = Mapped::open(&path, bytes)?;
-        memory.reserve(0, bytes).with_context(|| {
+        memory.reserve(0, reserved).with_context(|| {
             format!("no space for {}; give a directory on tmpfs with room with --run-dir", path.display())
         })?;
-        Ok(Record::new(memory, boot))
+        Ok(memory)
+    };
+    let remains = config.disks.iter().zip(states).map(|(disk, state)| {
+        let bytes = Record::bytes(disk.queues);
+        let record = open(format!("{}.inflight", state.attachment), bytes, bytes)?;
+        let unflushed = format!("{}.unflushed", state.attachment);
+        let replay = open(unflushed, Replay::bytes(replay::BYTES_DEFAULT), replay::HEADER_BYTES)?;
+        Ok(Remains {
+            record: Record::new(record, boot),
+            replay: Replay::new(replay, boot, replay::BYTES_DEFAULT),
+        })
     });
-    records.collect()
+    remains.collect()
 }
 
 /// What the threads will own, and what can be seen of it.
@@ -156,14 +171,14 @@ impl Crew {
     fn add_disk(
         &mut self,
         id: DiskId,
-        (entry, (state, record)): (&DiskEntry, Kept),
+        (entry, (state, remains)): (&DiskEntry, Kept),
         place: &Place,
         (link, stop): (&str, &Stop),
     ) {
         let (mailbox, worker) = &mut self.workers[usize::from(place.worker)];
         let attach = Arc::new(Attach::new(state.volume()));
         let (stats, connected) = (Arc::<DiskStats>::default(), Arc::default());
-        let shared = (Arc::clone(&attach), Arc::clone(&stats), record);
+        let shared = (Arc::clone(&attach), Arc::clone(&stats), remains);
         worker_disk(worker, id, (entry, &state, place), shared);
         self.view.disks.push(DiskView {
             id,
@@ -221,7 +236,7 @@ fn worker_disk(
     worker: &mut Worker<Stack<PacketLink>>,
     id: DiskId,
     (entry, state, place): (&DiskEntry, &State, &Place),
-    (attach, stats, record): (Arc<Attach>, Arc<DiskStats>, Record),
+    (attach, stats, remains): (Arc<Attach>, Arc<DiskStats>, Remains),
 ) {
     let link = worker.link();
     let initiator = initiator::Config {
@@ -246,7 +261,8 @@ fn worker_disk(
         queues: entry.queues,
         initiator: Initiator::new(initiator, clock::now()),
         attach,
-        record,
+        record: remains.record,
+        replay: remains.replay,
         stats,
     });
     worker.add(id, disk);

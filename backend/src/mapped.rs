@@ -2,7 +2,7 @@
 //!
 //! Knows files and mappings; does not know what is kept in them. Nothing is written by a system call and nothing is ever synced: it survives the death of
 //! the process, not of the machine. On tmpfs no store waits for a device. What a file holds at the start may be anything: who reads it checks it.
-//! Used by `record`; opened by `main`. The variant without a file lives as long as its last clone, which is how tests and the simulator let a backend
+//! Used by `record` and `replay`; opened by `main`. The variant without a file lives as long as its last clone, which is how tests and the simulator let a backend
 //! die and give what it left to the next.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Bytes of a word.
 pub const WORD_BYTES: usize = size_of::<u64>();
@@ -121,6 +121,14 @@ impl Mapped {
     /// When they lie outside.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         self.region.as_volatile_slice().read_slice(into, offset).expect("bytes inside of the mapping");
+    }
+
+    /// The bytes at `offset`, for others to copy to. They are there as those of [`Mapped::write`] are.
+    ///
+    /// # Panics
+    /// When they lie outside.
+    pub fn slice(&self, offset: usize, len: usize) -> VolatileSlice<'_> {
+        self.region.get_slice(offset, len).expect("bytes inside of the mapping")
     }
 
     /// Copies `bytes` to `offset`. They are there for others only after a later `Release` store to a word, in that order.

@@ -190,8 +190,15 @@ impl Pending {
         Some((&self.entry(entry).data, start))
     }
 
-    /// The part in `slot` has ended. Gives the request when that was the last of it.
-    pub fn part_done(&mut self, now: Instant, slot: Slot, status: Status) -> Option<Finished> {
+    /// The part in `slot` has ended. Gives the request when that was the last of it. `keep` is asked about a change that ends well without a flush: if it
+    /// cannot be kept, it gets a flush.
+    pub fn part_done(
+        &mut self,
+        now: Instant,
+        slot: Slot,
+        status: Status,
+        keep: impl FnOnce(&Admission, &[GuestRun]) -> bool,
+    ) -> Option<Finished> {
         let SlotUse { entry: id, .. } =
             self.slots[slot.index()].take().expect("the core ends only what it was given");
         let entry = self.entry_mut(id);
@@ -202,6 +209,10 @@ impl Pending {
         let failed = entry.status != VIRTIO_BLK_S_OK as u8;
         if entry.parts_out > 0 || (entry.has_data_part() && !failed) {
             return None;
+        }
+        let bare = entry.flush == Flush::No && entry.admission.op.changes_data();
+        if bare && !failed && !keep(&entry.admission, &entry.data) {
+            entry.flush = Flush::Wanted;
         }
         if entry.flush == Flush::Wanted && !failed {
             self.waiting.push_back(id);
@@ -386,9 +397,9 @@ mod tests {
         let part = |at: u32, len| Part { op: Op::Read, offset: 4096 + u64::from(at), len };
         assert_eq!(submit_all(&mut pending, 0), [part(0, MIB), part(MIB, MIB), part(2 * MIB, 512)]);
         assert_eq!(pending.data(Slot(2)).unwrap().1, 2 * MIB);
-        assert_eq!(pending.part_done(Instant(7), Slot(1), Status::Ok), None);
-        assert_eq!(pending.part_done(Instant(8), Slot(0), Status::Ok), None);
-        let done = pending.part_done(Instant(9), Slot(2), Status::Ok).unwrap();
+        assert_eq!(pending.part_done(Instant(7), Slot(1), Status::Ok, |_, _| true), None);
+        assert_eq!(pending.part_done(Instant(8), Slot(0), Status::Ok, |_, _| true), None);
+        let done = pending.part_done(Instant(9), Slot(2), Status::Ok, |_, _| true).unwrap();
         assert_eq!((done.status, done.used_bytes), (0, 2 * MIB + 512 + 1));
         assert_eq!((done.queued, done.served), (Nanos(1), Nanos(3)));
         assert!(pending.is_empty());
@@ -399,8 +410,8 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, admission(Op::Write, 2 * MIB));
         submit_all(&mut pending, 0);
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::NoSpace), None);
-        let done = pending.part_done(Instant(8), Slot(1), Status::Ok).unwrap();
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::NoSpace, |_, _| true), None);
+        let done = pending.part_done(Instant(8), Slot(1), Status::Ok, |_, _| true).unwrap();
         assert_eq!((done.status, done.used_bytes), (1, 1));
     }
 
@@ -409,7 +420,7 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, admission(Op::Write, 3 * MIB));
         pending.submitted(Instant(6), Slot(9));
-        let done = pending.part_done(Instant(7), Slot(9), Status::Io).unwrap();
+        let done = pending.part_done(Instant(7), Slot(9), Status::Io, |_, _| true).unwrap();
         assert_eq!(done.status, 1);
         assert!(!pending.has_waiting() && pending.is_empty());
     }
@@ -419,9 +430,9 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, Admission { flush_after: true, ..admission(Op::Write, 512) });
         assert_eq!(submit_all(&mut pending, 0).len(), 1, "the flush waits for the write");
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok), None);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true), None);
         assert_eq!(submit_all(&mut pending, 1), [Part { op: Op::Flush, offset: 0, len: 0 }]);
-        let done = pending.part_done(Instant(8), Slot(1), Status::Io).unwrap();
+        let done = pending.part_done(Instant(8), Slot(1), Status::Io, |_, _| true).unwrap();
         assert_eq!(done.status, 1, "a failed flush fails the write");
     }
 
@@ -435,8 +446,11 @@ mod tests {
             parts.iter().map(|part| (part.op, part.len)).collect::<Vec<_>>(),
             [(Op::Flush, 0), (Op::Discard, 99)]
         );
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok).unwrap().used_bytes, 1);
-        assert_eq!(pending.part_done(Instant(7), Slot(1), Status::Unsupported).unwrap().status, 2);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true).unwrap().used_bytes, 1);
+        assert_eq!(
+            pending.part_done(Instant(7), Slot(1), Status::Unsupported, |_, _| true).unwrap().status,
+            2
+        );
     }
 
     #[test]
@@ -445,13 +459,13 @@ mod tests {
         admit(&mut pending, admission(Op::Write, 2 * MIB));
         admit(&mut pending, Admission { ring: 1, flush_after: true, ..admission(Op::Write, 512) });
         submit_all(&mut pending, 0);
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok), None);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true), None);
         pending.restart_all();
         let gone = pending.take_out(Instant(8), |admission, _| admission.ring == 1);
         assert_eq!(gone.iter().map(|gone| gone.admission.ring).collect::<Vec<_>>(), [1]);
         assert_eq!(submit_all(&mut pending, 0).len(), 2);
-        assert_eq!(pending.part_done(Instant(9), Slot(0), Status::Ok), None);
-        assert_eq!(pending.part_done(Instant(9), Slot(1), Status::Ok).unwrap().status, 0);
+        assert_eq!(pending.part_done(Instant(9), Slot(0), Status::Ok, |_, _| true), None);
+        assert_eq!(pending.part_done(Instant(9), Slot(1), Status::Ok, |_, _| true).unwrap().status, 0);
     }
 
     #[test]
@@ -465,10 +479,10 @@ mod tests {
         assert!(pending.has_waiting());
         assert_eq!(pending.len(), ENTRIES_MAX);
         for slot in 0..SLOTS_MAX as u16 {
-            assert!(pending.part_done(Instant(7), Slot(slot), Status::Ok).is_some());
+            assert!(pending.part_done(Instant(7), Slot(slot), Status::Ok, |_, _| true).is_some());
         }
         submit_all(&mut pending, 0);
-        assert!(pending.part_done(Instant(7), Slot(0), Status::Ok).is_some());
+        assert!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true).is_some());
     }
 
     #[test]

@@ -292,7 +292,8 @@ impl DiskServer {
         let mut looks_left = RELEASE_TIME.as_millis() / 5;
         self.mailbox.ask(self.id, Change::Close);
         while let Some(Answer::Session(report)) = self.mailbox.ask(self.id, Change::Report) {
-            if !matches!(report.state, StateName::Opening | StateName::Probing) || looks_left == 0 {
+            let busy = matches!(report.state, StateName::Opening | StateName::Probing);
+            if !(busy || report.unflushed_bytes > 0) || looks_left == 0 {
                 break;
             }
             looks_left -= 1;

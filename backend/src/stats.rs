@@ -152,6 +152,8 @@ pub struct SessionReport {
     pub stats: Stats,
     /// Requests of the guest in flight.
     pub requests: usize,
+    /// Bytes of changes that were not flushed, of which a copy is kept.
+    pub unflushed_bytes: u64,
     /// Rings that are served.
     pub rings: usize,
 }

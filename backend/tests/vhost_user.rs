@@ -19,6 +19,7 @@ use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Inbox, Mailbox, mailbox};
 use cirro_backend::record::Record;
+use cirro_backend::replay::Replay;
 use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
 use cirro_backend::worker::Worker;
@@ -117,6 +118,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         initiator: Initiator::new(config, clock::now()),
         attach,
         record: Record::in_memory(2),
+        replay: Replay::in_memory(2 << 20),
         stats: Arc::default(),
     });
     let node = Node::new(there, IMAGE_BYTES);

@@ -172,6 +172,14 @@ impl Initiator {
         self.requests.free_slots()
     }
 
+    /// The start of the node that the session is with, while there is one.
+    pub fn incarnation(&self) -> Option<Uuid> {
+        match &self.phase {
+            Phase::Connected(connected) => Some(connected.incarnation),
+            Phase::Seeking { .. } | Phase::Greeting { .. } => None,
+        }
+    }
+
     /// Takes a request in: `offset` in bytes, `len` in bytes (1 to 1 MiB), in sectors for discard and write-zeroes, 0 for flush. `None`
     /// when no slot is free.
     pub fn submit(&mut self, op: Op, offset: u64, len: u32) -> Option<Slot> {

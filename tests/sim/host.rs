@@ -12,7 +12,9 @@ use cirro_backend::attach::Attach;
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Awaited, Change, DiskId, Mailbox, mailbox};
+use cirro_backend::mapped::Mapped;
 use cirro_backend::record::Record;
+use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_protocol::initiator::{Config, Initiator};
@@ -25,6 +27,9 @@ use crate::guest::{Belongings, Meddled, RING_BYTES, Ring, RingOptions};
 use crate::machine::{Ended, Machine, drop_killed, ended};
 use crate::oracle::{Oracle, Shared};
 use crate::wire::{Port, SimLink};
+
+/// Room for unflushed changes: little, so that it is full now and then.
+const REPLAY_BYTES: u64 = 3 << 20;
 
 /// A disk of a host, as configured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +75,7 @@ pub(crate) struct GuestDisk {
     attach: Arc<Attach>,
     /// What is in flight: it outlives the process, not the host's power.
     record: Record,
+    unflushed: Mapped,
     /// The VMM talks to the device.
     connected: bool,
     /// The VMM tries again then.
@@ -138,6 +144,7 @@ impl Host {
                 memory,
                 attach: Arc::default(),
                 record: Record::in_memory(options.rings.len() as u16),
+                unflushed: Mapped::in_memory(Replay::bytes(REPLAY_BYTES)),
                 connected: false,
                 reconnect_at: Instant::default(),
                 options: options.clone(),
@@ -199,6 +206,7 @@ impl Host {
                 initiator: Initiator::new(config, now),
                 attach: Arc::clone(&disk.attach),
                 record: disk.record.clone(),
+                replay: Replay::new(disk.unflushed.clone(), 0, REPLAY_BYTES),
                 stats: Arc::new(DiskStats::default()),
             });
             worker.add(DiskId(index as u16), disk);
@@ -243,6 +251,7 @@ impl Host {
         self.kill();
         for disk in &mut self.disks {
             disk.record = Record::in_memory(disk.rings.len() as u16);
+            disk.unflushed = Mapped::in_memory(Replay::bytes(REPLAY_BYTES));
             disk.rings.iter_mut().for_each(|ring| ring.ring.reset());
         }
     }

@@ -109,3 +109,45 @@ fn a_node_killed_under_load_is_a_pause() {
         }
     });
 }
+
+/// P-89: what was completed and not flushed is there again after the storage machine lost power.
+#[test]
+fn a_power_cut_of_the_node_is_a_pause() {
+    play(plain, |world| {
+        for _ in 0..6 {
+            world.run_for(millis(12));
+            world.cut_power();
+            world.run_for(millis(400));
+        }
+    });
+}
+
+/// P-86 P-89: a request whose write the node answered before it lost power, and whose flush afterwards, begins again from its write.
+#[test]
+fn a_flush_after_a_restart_says_nothing_of_a_write_before_it() {
+    let options = |seed| {
+        let mut options = plain(seed);
+        options.hosts[0][0].write_through = true;
+        options
+    };
+    play(options, |world| {
+        for _ in 0..12 {
+            world.run_for(Nanos::from_micros(3_300));
+            world.cut_power();
+            world.run_for(millis(400));
+        }
+    });
+}
+
+/// P-89 P-90: a backend that is killed leaves its copy to the next, which meets a node that has forgotten.
+#[test]
+fn a_backend_killed_before_it_could_write_again_leaves_that_to_the_next() {
+    play(plain, |world| {
+        for _ in 0..4 {
+            world.run_for(millis(12));
+            world.cut_power();
+            world.kill(1, "by the script");
+            world.run_for(millis(3_400));
+        }
+    });
+}

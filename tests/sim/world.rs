@@ -24,6 +24,8 @@ use crate::wire::{Port, Weather, Wire, WireCounts};
 const HEALING_TIME: Nanos = Nanos::from_secs(90);
 /// Two hosts that fight for a volume are given so long to finish what they can.
 const RIVALS_TIME: Nanos = Nanos::from_secs(20);
+/// Then the backends have met the node again.
+const SETTLING_TIME: Nanos = Nanos::from_secs(10);
 /// Turns of a run: more is a busy loop.
 const TURNS_MAX: u64 = 500_000;
 /// When a run begins: not at 0, which production code may take for "never".
@@ -197,6 +199,8 @@ impl World {
             }
             self.step(end);
         }
+        // A node that was started last may not have been given what it forgot yet.
+        self.run_for(SETTLING_TIME);
         self.judge();
         let court = self.court.borrow();
         Outcome {
@@ -403,12 +407,12 @@ impl World {
             Event::HostKill if self.hosts[host].is_up() => self.kill_soon(host + 1),
             Event::NodePower => {
                 self.kill(0, "by loss of power");
-                self.machine.lose_power(&mut self.rng);
+                self.end_machine();
             }
             Event::NodeStop => self.machine.stop(self.now),
             Event::HostPower => {
                 self.kill(host + 1, "by loss of power");
-                self.hosts[host].lose_power();
+                self.end_host(host);
             }
             Event::Blackout => self.black_out(),
             Event::Stall => {
@@ -464,15 +468,27 @@ impl World {
         port.borrow_mut().calls_left = Some(self.rng.u32(0..200));
     }
 
+    fn end_machine(&mut self) {
+        self.machine.lose_power(&mut self.rng);
+        let now = self.court.borrow_mut().tick();
+        self.oracles.iter().for_each(|oracle| oracle.borrow_mut().lose_power(now));
+    }
+
+    fn end_host(&mut self, host: usize) {
+        self.hosts[host].lose_power();
+        let now = self.court.borrow_mut().tick();
+        for disk in &self.options.hosts[host] {
+            self.oracles[disk.volume].borrow_mut().lose_host(now);
+        }
+    }
+
     /// Everybody loses power at once: only what was flushed must be there afterwards.
     fn black_out(&mut self) {
         for index in 0..self.places.len() {
             self.kill(index, "in a blackout");
         }
-        self.machine.lose_power(&mut self.rng);
-        self.hosts.iter_mut().for_each(Host::lose_power);
-        let now = self.court.borrow_mut().tick();
-        self.oracles.iter().for_each(|oracle| oracle.borrow_mut().lose_power(now));
+        (0..self.hosts.len()).for_each(|host| self.end_host(host));
+        self.end_machine();
     }
 
     /// All trouble ends; who is dead is started.
@@ -528,6 +544,13 @@ impl World {
                 .borrow_mut()
                 .violation(format!("an error was logged without an operator's cause: {error}"));
         }
+    }
+
+    /// The storage machine loses power, and comes back by itself.
+    #[cfg(test)]
+    pub(crate) fn cut_power(&mut self) {
+        self.kill(0, "by loss of power");
+        self.end_machine();
     }
 
     /// Every ring of a host's first disk stops; its driver begins anew or goes on.

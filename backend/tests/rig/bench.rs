@@ -8,7 +8,9 @@ use cirro_backend::attach::Attach;
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Mailbox, mailbox};
+use cirro_backend::mapped::Mapped;
 use cirro_backend::record::Record;
+use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_link::Link;
@@ -21,6 +23,8 @@ use vm_memory::GuestAddress;
 use super::guest::{Ring, Used};
 use super::node::Node;
 
+/// Room for unflushed changes: little, so that tests fill it.
+const REPLAY_BYTES: u64 = 4 << 20;
 pub(crate) const MIB: usize = 1 << 20;
 pub(crate) const DISK: DiskId = DiskId(0);
 
@@ -36,7 +40,7 @@ impl Process {
     fn new(
         link: MemoryLink,
         (starts, now): (u64, Instant),
-        record: &Record,
+        (record, unflushed): (&Record, &Mapped),
         attach: &Arc<Attach>,
     ) -> Process {
         let (mailbox, inbox) = mailbox().unwrap();
@@ -63,6 +67,7 @@ impl Process {
             initiator: Initiator::new(config, now),
             attach: Arc::clone(attach),
             record: record.clone(),
+            replay: Replay::new(unflushed.clone(), 0, REPLAY_BYTES),
             stats: Arc::clone(&disk_stats),
         });
         let mut worker = Worker::new(link, Steer::new(0, 0), inbox, Arc::clone(&stats));
@@ -79,6 +84,8 @@ pub(crate) struct Rig {
     pub(crate) attach: Arc<Attach>,
     /// What is in flight, whichever process keeps it.
     pub(crate) record: Record,
+    /// What was not flushed, likewise.
+    pub(crate) unflushed: Mapped,
     starts: u64,
     pub(crate) disk_stats: Arc<DiskStats>,
     pub(crate) stats: Arc<WorkerStats>,
@@ -95,11 +102,12 @@ impl Rig {
     pub(crate) fn with_memory(mtu: usize, memory: Regions) -> Rig {
         let now = Instant(1_000_000_000);
         let (record, attach) = (Record::in_memory(2), Arc::<Attach>::default());
+        let unflushed = Mapped::in_memory(Replay::bytes(REPLAY_BYTES));
         let (here, there) = pair(mtu);
-        let process = Process::new(here, (1, now), &record, &attach);
+        let process = Process::new(here, (1, now), (&record, &unflushed), &attach);
         let Process { worker, mailbox, disk_stats, stats } = process;
         let node = Node::new(there, 16 * MIB);
-        Rig { worker, node, mailbox, attach, record, starts: 1, disk_stats, stats, memory, now }
+        Rig { worker, node, mailbox, attach, record, unflushed, starts: 1, disk_stats, stats, memory, now }
     }
 
     /// Kills the backend, and starts another one on what it left. Frames that are on their way are lost.
@@ -108,7 +116,8 @@ impl Rig {
         self.node.link = there;
         self.starts += 1;
         self.attach = Arc::new(Attach::new(self.attach.get().or(self.attach.remembered())));
-        let process = Process::new(here, (self.starts, self.now), &self.record, &self.attach);
+        let process =
+            Process::new(here, (self.starts, self.now), (&self.record, &self.unflushed), &self.attach);
         let killed = std::mem::replace(&mut self.worker, process.worker);
         // Whoever is killed drops nothing, and a worker that is dropped with requests in flight is a bug.
         Box::leak(Box::new(killed));

@@ -1,0 +1,266 @@
+//! What a disk does about changes that are not flushed: keeps a copy of each, and writes all of them again when it meets another start of the node.
+//!
+//! Knows the copy (`replay`), which slots carry what of it, and when nothing else may be issued; does not know rings, frames or who asked. Called by `disk`.
+//!
+//! ```text
+//!            session lost, something unflushed             another incarnation
+//!   Resting -----------------------------------> Waiting ----------------------> Writing
+//!      ^ ^                                          | same incarnation, or nothing left   |
+//!      | '------------------------------------------'                                     |
+//!      '------------------------------ every change was written again -------------------'
+//! ```
+
+use cirro_protocol::op::{Op, Status};
+use cirro_protocol::types::{REQUEST_BYTES_MAX, SECTOR_BYTES, SLOTS_MAX, Slot};
+use vm_memory::{Bytes, VolatileSlice};
+
+use crate::guest_memory::{GuestMemory, GuestRun};
+use crate::pending::Admission;
+use crate::replay::{Entry, Life, Replay};
+
+/// Whether the guest's requests may be issued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// They may.
+    Resting,
+    /// The node is not known yet.
+    Waiting,
+    /// Changes are written again: `next` is to be submitted next, `out` are in slots.
+    Writing { next: u64, out: u16 },
+}
+
+/// What a slot carries of this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// A change that is written again, which is kept there.
+    Again { position: u64 },
+    /// A flush of the guest's, submitted at this mark.
+    Flush { mark: u64 },
+    /// A flush of our own.
+    OwnFlush { mark: u64 },
+}
+
+/// Whose a slot was that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// A guest's request ended like this.
+    Guest(Status),
+    /// Ours: no request ended.
+    Ours,
+}
+
+/// What is to be done after a volume was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go on.
+    GoOn,
+    /// So many bytes of changes are written again first.
+    WriteAgain(u64),
+    /// Somebody else had the volume since they were written: so many bytes of changes were let go of.
+    Discarded(u64),
+}
+
+/// The unflushed changes of a disk.
+#[derive(Debug)]
+pub struct Unflushed {
+    replay: Replay,
+    phase: Phase,
+    uses: Box<[Option<Use>]>,
+    /// A change could not be written again: no flush is believed until all were.
+    failed: bool,
+    own_flush_out: bool,
+    own_flush_failed: bool,
+    /// The volume was open for writing in this process.
+    opened: bool,
+}
+
+impl Unflushed {
+    /// Goes on with what `replay` holds: nothing is issued before the node is known.
+    pub fn new(replay: Replay) -> Unflushed {
+        let phase = if replay.is_empty() { Phase::Resting } else { Phase::Waiting };
+        Unflushed {
+            replay,
+            phase,
+            uses: vec![None; SLOTS_MAX].into_boxed_slice(),
+            failed: false,
+            own_flush_out: false,
+            own_flush_failed: false,
+            opened: false,
+        }
+    }
+
+    /// True while nothing of the guest's may be issued.
+    pub fn blocks(&self) -> bool {
+        self.phase != Phase::Resting
+    }
+
+    /// Bytes of the copy.
+    pub fn bytes(&self) -> u64 {
+        self.replay.bytes_kept()
+    }
+
+    /// True if something is kept: then every later change must be too, or an old one would outlive it.
+    pub fn keeps(&self) -> bool {
+        !self.replay.is_empty()
+    }
+
+    /// True if the volume must not be given back before a flush.
+    pub fn holds(&self) -> bool {
+        self.opened && !self.replay.is_empty() && !self.own_flush_failed
+    }
+
+    /// A change has ended well, and no flush belongs to it: keeps a copy before the guest is told. False: there is no room, so it must be flushed first.
+    pub fn keep(&mut self, memory: &GuestMemory, admission: &Admission, runs: &[GuestRun]) -> bool {
+        let Admission { op, offset, len, .. } = *admission;
+        let step = if op == Op::Write { REQUEST_BYTES_MAX as u32 } else { len };
+        (0..len).step_by(step as usize).all(|at| {
+            let entry = Entry { op, offset: offset + u64::from(at), len: step.min(len - at) };
+            let has_room = self.replay.promise(entry);
+            if has_room {
+                self.replay.append(entry, |from, place| copy_out(memory, runs, at + from, &place));
+            }
+            has_room
+        })
+    }
+
+    /// The session is over, and the disk takes back what it issued: with something kept it goes on only after [`Unflushed::attached`].
+    pub fn lost(&mut self) {
+        self.uses.fill(None);
+        self.own_flush_out = false;
+        if !self.replay.is_empty() {
+            self.phase = Phase::Waiting;
+        }
+    }
+
+    /// The volume is open for writing.
+    pub fn attached(&mut self, node: Life) -> Verdict {
+        (self.opened, self.own_flush_failed) = (true, false);
+        let was = self.replay.life();
+        self.phase = Phase::Resting;
+        if self.replay.is_empty() {
+            self.failed = false;
+            self.replay.set_life(node);
+            return Verdict::GoOn;
+        }
+        // Our own release and new grant are one epoch; whoever was between them makes it two.
+        if node.vol_epoch.wrapping_sub(was.vol_epoch) > 1 {
+            let bytes = self.replay.bytes_kept();
+            self.replay.drop_before(self.replay.head());
+            self.failed = false;
+            self.replay.set_life(node);
+            return Verdict::Discarded(bytes);
+        }
+        if was.incarnation == node.incarnation && !self.failed {
+            self.replay.set_life(node);
+            return Verdict::GoOn;
+        }
+        self.failed = false;
+        let next = self.replay.first().map_or(self.replay.head(), |kept| kept.position);
+        self.phase = Phase::Writing { next, out: 0 };
+        Verdict::WriteAgain(self.replay.bytes_kept())
+    }
+
+    /// The next change to be written again.
+    pub fn next_change(&self) -> Option<Entry> {
+        match self.phase {
+            Phase::Writing { next, .. } => self.replay.at(next).map(|kept| kept.entry),
+            Phase::Resting | Phase::Waiting => None,
+        }
+    }
+
+    /// It is in `slot` now.
+    pub fn submitted(&mut self, slot: Slot) {
+        let Phase::Writing { next, out } = &mut self.phase else { return };
+        if let Some(kept) = self.replay.at(*next) {
+            self.uses[slot.index()] = Some(Use::Again { position: kept.position });
+            (*next, *out) = (kept.end(), *out + 1);
+        }
+    }
+
+    /// A flush of the guest's is in `slot` now.
+    pub fn flush_submitted(&mut self, slot: Slot) {
+        self.uses[slot.index()] = Some(Use::Flush { mark: self.replay.head() });
+    }
+
+    /// True if a flush of our own is to be submitted, once nobody uses the disk.
+    pub fn wants_flush(&self) -> bool {
+        self.holds() && !self.own_flush_out && !self.blocks()
+    }
+
+    /// It is in `slot` now.
+    pub fn own_flush_submitted(&mut self, slot: Slot) {
+        self.own_flush_out = true;
+        self.uses[slot.index()] = Some(Use::OwnFlush { mark: self.replay.head() });
+    }
+
+    /// Where the change that `slot` carries is kept, if it is ours: for [`Unflushed::read`].
+    pub fn position(&self, slot: Slot) -> Option<u64> {
+        match self.uses[slot.index()] {
+            Some(Use::Again { position }) => Some(position),
+            Some(Use::Flush { .. } | Use::OwnFlush { .. }) | None => None,
+        }
+    }
+
+    /// Copies the data of a kept change out, from its byte `from` on.
+    pub fn read(&self, position: u64, from: u32, into: &mut [u8]) {
+        self.replay.read(position, from, into);
+    }
+
+    /// What `slot` carried has ended, at a node that is `node`.
+    pub fn done(&mut self, slot: Slot, status: Status, node: Option<Life>) -> Ended {
+        match self.uses[slot.index()].take() {
+            None => Ended::Guest(status),
+            Some(Use::Flush { mark }) => Ended::Guest(self.flushed(mark, status)),
+            Some(Use::OwnFlush { mark }) => {
+                self.own_flush_out = false;
+                self.own_flush_failed = self.flushed(mark, status) != Status::Ok;
+                Ended::Ours
+            }
+            Some(Use::Again { .. }) => {
+                self.failed |= status != Status::Ok;
+                if let Phase::Writing { next, out } = &mut self.phase {
+                    *out -= 1;
+                    if *out == 0 && self.replay.at(*next).is_none() {
+                        self.phase = Phase::Resting;
+                        if let Some(node) = node.filter(|_| !self.failed) {
+                            self.replay.set_life(node);
+                        }
+                    }
+                }
+                Ended::Ours
+            }
+        }
+    }
+
+    /// A flush at `mark` ended; gives what it is worth.
+    fn flushed(&mut self, mark: u64, status: Status) -> Status {
+        if status != Status::Ok {
+            return status;
+        }
+        if self.failed {
+            return Status::Io;
+        }
+        self.replay.drop_before(mark);
+        Status::Ok
+    }
+
+    /// True if a change could not be written again.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+}
+
+/// Copies data of the guest's into the copy.
+fn copy_out(memory: &GuestMemory, runs: &[GuestRun], from: u32, place: &VolatileSlice<'_>) {
+    let mut piece = [0; 4096];
+    let mut done = 0;
+    while done < place.len() {
+        let len = piece.len().min(place.len() - done);
+        let read = memory.gather(runs, from + done as u32, &mut piece[..len]);
+        read.expect("requests whose memory went away were taken out when it went");
+        place.write_slice(&piece[..len], done).expect("a piece of the place");
+        done += len;
+    }
+}
+
+const _: () = assert!(REQUEST_BYTES_MAX.is_multiple_of(SECTOR_BYTES));
