@@ -310,7 +310,8 @@ impl Drop for Daemon {
         let by_itself = if self.ended { None } else { self.child.try_wait().unwrap_or_default() };
         self.end();
         if std::thread::panicking() {
-            let end = by_itself.map_or_else(String::new, |status| format!(", which ended by itself: {status}"));
+            let end =
+                by_itself.map_or_else(String::new, |status| format!(", which ended by itself: {status}"));
             eprintln!(
                 "--- last lines of {}\n{}\n--- end of {}{end}",
                 self.log.display(),
