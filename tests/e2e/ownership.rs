@@ -128,7 +128,8 @@ fn after_a_take_over_the_old_owner_never_writes_again() {
     let old = fight.backend(0, "old", &[]);
     let mut old_holder = String::new();
     let scratch = &fight.scratch;
-    let new = std::thread::scope(|scope| {
+    // It stays connected from here on: a volume that its owner lets go is anybody's.
+    let (new, mut front_end) = std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
             let mut load = Load::random(Op::Write, 4096, BYTES);
             connect(scratch, "old", SHAPE).run(&mut load, Duration::from_secs(10))
@@ -137,13 +138,13 @@ fn after_a_take_over_the_old_owner_never_writes_again() {
         std::thread::sleep(Duration::from_millis(200));
         old_holder = holder(&fight.node).expect("the first owner holds it");
         let new = fight.backend(1, "new", &["--take-over"]);
-        drop(fight.connect("new"));
+        let front_end = fight.connect("new");
         let result = guest.join().expect("the guest ran");
         assert!(
             matches!(result, Err(Failure::Refused { io, .. }) if io.op == Op::Write),
             "the old owner's writes must fail, not wait: {result:?}"
         );
-        new
+        (new, front_end)
     });
     wait_until("the old owner's log says that it was fenced", || {
         old.times_said("another attachment took it over; writes fail") > 0
@@ -157,7 +158,6 @@ fn after_a_take_over_the_old_owner_never_writes_again() {
     let (scratch, hosts) = (&fight.scratch, &fight.lab);
     let node = std::thread::scope(|scope| {
         let stubborn = scope.spawn(|| write_on(scratch, "old", &over));
-        let mut front_end = connect(scratch, "new", SHAPE);
         let mut write_all = |verifier: &mut Verifier| {
             while verifier.zeroes() > 0 {
                 let time = Duration::from_millis(100);
@@ -176,6 +176,7 @@ fn after_a_take_over_the_old_owner_never_writes_again() {
         assert_eq!(stubborn.join().expect("it tried"), 0, "the old owner wrote");
         node
     });
+    drop(front_end);
     fight.node = node;
     old.stop();
     new.stop();
