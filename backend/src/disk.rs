@@ -446,15 +446,14 @@ impl Disk {
         !self.unflushed.blocks() && !self.pending.has_waiting() && self.initiator.free_slots() > 0
     }
 
-    /// What must be written again, and a flush before the volume is given back.
+    /// What must be written again, and a flush that nobody else asked for.
     fn submit_own(&mut self) {
         while let Some(change) = self.unflushed.next_change() {
             let Some(slot) = self.initiator.submit(change.op, change.offset, change.len) else { return };
             self.unflushed.submitted(slot);
         }
         let unused = self.rings.iter().all(Option::is_none);
-        if unused
-            && self.unflushed.wants_flush()
+        if self.unflushed.wants_flush(unused)
             && let Some(slot) = self.initiator.submit(Op::Flush, 0, 0)
         {
             self.unflushed.own_flush_submitted(slot);

@@ -182,9 +182,11 @@ impl Unflushed {
         self.uses[slot.index()] = Some(Use::Flush { mark: self.replay.head() });
     }
 
-    /// True if a flush of our own is to be submitted, once nobody uses the disk.
-    pub fn wants_flush(&self) -> bool {
-        self.holds() && !self.own_flush_out && !self.blocks()
+    /// True if a flush of our own is to be submitted: before the volume is given back, and before the copy is full, which would make each change wait for
+    /// a flush of its own.
+    pub fn wants_flush(&self, is_unused: bool) -> bool {
+        let due = is_unused || self.replay.bytes_kept() > self.replay.capacity() / 2;
+        due && self.holds() && !self.own_flush_out && !self.blocks()
     }
 
     /// It is in `slot` now.
