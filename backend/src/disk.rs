@@ -17,7 +17,7 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK}
 use crate::attach::Attach;
 use crate::guest_memory::{GuestMemory, Outside, PrivateCopies, Regions};
 use crate::mailbox::{Answer, Change, Reply};
-use crate::pending::{Admission, Finished, Pending};
+use crate::pending::{Admission, Finished, Part, Pending};
 use crate::record::Record;
 use crate::replay::{Life, Replay};
 use crate::request::{Chain, Limits, Reject, Request};
@@ -304,7 +304,7 @@ impl Disk {
         let Ended::Guest(status) = ended else { return self.choose_access() };
         let kept = self.info.flags & VOLUME_WRITE_THROUGH == 0 || self.unflushed.keeps();
         let (unflushed, memory) = (&mut self.unflushed, &self.memory);
-        let keep = |admission: &Admission, runs: &[_]| !kept || unflushed.keep(memory, admission, runs);
+        let keep = |part: Part, runs: &[_], start| !kept || unflushed.keep(memory, part, runs, start);
         if let Some(finished) = self.pending.part_done(now, slot, status, keep) {
             self.complete(&finished);
         }
@@ -438,6 +438,8 @@ impl Disk {
             }
             more |= taken == HEADS_PER_TURN_MAX;
         }
+        // What waits here, and not in the initiator, is to be served soon all the same.
+        self.initiator.set_awaited(self.unflushed.blocks() || self.pending.has_waiting());
         more && self.has_room()
     }
 

@@ -89,6 +89,8 @@ struct SlotUse {
     entry: u16,
     /// Where the part starts in the request's data.
     start: u32,
+    /// What the part is.
+    part: Part,
 }
 
 /// The table.
@@ -181,38 +183,38 @@ impl Pending {
         }
         let use_of = &mut self.slots[slot.index()];
         assert!(use_of.is_none(), "slot {} was given out twice", slot.0);
-        *use_of = Some(SlotUse { entry: id, start });
+        *use_of = Some(SlotUse { entry: id, start, part });
     }
 
     /// Where the data of the part in `slot` lies: the request's runs, and the part's place in them.
     pub fn data(&self, slot: Slot) -> Option<(&[GuestRun], u32)> {
-        let SlotUse { entry, start } = (*self.slots.get(slot.index())?)?;
+        let SlotUse { entry, start, .. } = (*self.slots.get(slot.index())?)?;
         Some((&self.entry(entry).data, start))
     }
 
-    /// The part in `slot` has ended. Gives the request when that was the last of it. `keep` is asked about a change that ends well without a flush: if it
-    /// cannot be kept, it gets a flush.
+    /// The part in `slot` has ended. Gives the request when that was the last of it. `keep` is asked about each part of a change that ends well and has no
+    /// flush of its own, in the order in which they end: where its data lies, and from which byte on. If it cannot be kept, the request gets a flush.
     pub fn part_done(
         &mut self,
         now: Instant,
         slot: Slot,
         status: Status,
-        keep: impl FnOnce(&Admission, &[GuestRun]) -> bool,
+        keep: impl FnOnce(Part, &[GuestRun], u32) -> bool,
     ) -> Option<Finished> {
-        let SlotUse { entry: id, .. } =
+        let SlotUse { entry: id, start, part } =
             self.slots[slot.index()].take().expect("the core ends only what it was given");
         let entry = self.entry_mut(id);
         entry.parts_out -= 1;
         if entry.status == VIRTIO_BLK_S_OK as u8 {
             entry.status = status_byte(status);
         }
+        let bare = entry.flush == Flush::No && part.op.changes_data();
+        if bare && status == Status::Ok && !keep(part, &entry.data, start) {
+            entry.flush = Flush::Wanted;
+        }
         let failed = entry.status != VIRTIO_BLK_S_OK as u8;
         if entry.parts_out > 0 || (entry.has_data_part() && !failed) {
             return None;
-        }
-        let bare = entry.flush == Flush::No && entry.admission.op.changes_data();
-        if bare && !failed && !keep(&entry.admission, &entry.data) {
-            entry.flush = Flush::Wanted;
         }
         if entry.flush == Flush::Wanted && !failed {
             self.waiting.push_back(id);
@@ -397,9 +399,9 @@ mod tests {
         let part = |at: u32, len| Part { op: Op::Read, offset: 4096 + u64::from(at), len };
         assert_eq!(submit_all(&mut pending, 0), [part(0, MIB), part(MIB, MIB), part(2 * MIB, 512)]);
         assert_eq!(pending.data(Slot(2)).unwrap().1, 2 * MIB);
-        assert_eq!(pending.part_done(Instant(7), Slot(1), Status::Ok, |_, _| true), None);
-        assert_eq!(pending.part_done(Instant(8), Slot(0), Status::Ok, |_, _| true), None);
-        let done = pending.part_done(Instant(9), Slot(2), Status::Ok, |_, _| true).unwrap();
+        assert_eq!(pending.part_done(Instant(7), Slot(1), Status::Ok, |_, _, _| true), None);
+        assert_eq!(pending.part_done(Instant(8), Slot(0), Status::Ok, |_, _, _| true), None);
+        let done = pending.part_done(Instant(9), Slot(2), Status::Ok, |_, _, _| true).unwrap();
         assert_eq!((done.status, done.used_bytes), (0, 2 * MIB + 512 + 1));
         assert_eq!((done.queued, done.served), (Nanos(1), Nanos(3)));
         assert!(pending.is_empty());
@@ -410,8 +412,8 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, admission(Op::Write, 2 * MIB));
         submit_all(&mut pending, 0);
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::NoSpace, |_, _| true), None);
-        let done = pending.part_done(Instant(8), Slot(1), Status::Ok, |_, _| true).unwrap();
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::NoSpace, |_, _, _| true), None);
+        let done = pending.part_done(Instant(8), Slot(1), Status::Ok, |_, _, _| true).unwrap();
         assert_eq!((done.status, done.used_bytes), (1, 1));
     }
 
@@ -420,7 +422,7 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, admission(Op::Write, 3 * MIB));
         pending.submitted(Instant(6), Slot(9));
-        let done = pending.part_done(Instant(7), Slot(9), Status::Io, |_, _| true).unwrap();
+        let done = pending.part_done(Instant(7), Slot(9), Status::Io, |_, _, _| true).unwrap();
         assert_eq!(done.status, 1);
         assert!(!pending.has_waiting() && pending.is_empty());
     }
@@ -430,9 +432,9 @@ mod tests {
         let mut pending = Pending::default();
         admit(&mut pending, Admission { flush_after: true, ..admission(Op::Write, 512) });
         assert_eq!(submit_all(&mut pending, 0).len(), 1, "the flush waits for the write");
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true), None);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _, _| true), None);
         assert_eq!(submit_all(&mut pending, 1), [Part { op: Op::Flush, offset: 0, len: 0 }]);
-        let done = pending.part_done(Instant(8), Slot(1), Status::Io, |_, _| true).unwrap();
+        let done = pending.part_done(Instant(8), Slot(1), Status::Io, |_, _, _| true).unwrap();
         assert_eq!(done.status, 1, "a failed flush fails the write");
     }
 
@@ -446,9 +448,9 @@ mod tests {
             parts.iter().map(|part| (part.op, part.len)).collect::<Vec<_>>(),
             [(Op::Flush, 0), (Op::Discard, 99)]
         );
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true).unwrap().used_bytes, 1);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _, _| true).unwrap().used_bytes, 1);
         assert_eq!(
-            pending.part_done(Instant(7), Slot(1), Status::Unsupported, |_, _| true).unwrap().status,
+            pending.part_done(Instant(7), Slot(1), Status::Unsupported, |_, _, _| true).unwrap().status,
             2
         );
     }
@@ -459,13 +461,13 @@ mod tests {
         admit(&mut pending, admission(Op::Write, 2 * MIB));
         admit(&mut pending, Admission { ring: 1, flush_after: true, ..admission(Op::Write, 512) });
         submit_all(&mut pending, 0);
-        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true), None);
+        assert_eq!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _, _| true), None);
         pending.restart_all();
         let gone = pending.take_out(Instant(8), |admission, _| admission.ring == 1);
         assert_eq!(gone.iter().map(|gone| gone.admission.ring).collect::<Vec<_>>(), [1]);
         assert_eq!(submit_all(&mut pending, 0).len(), 2);
-        assert_eq!(pending.part_done(Instant(9), Slot(0), Status::Ok, |_, _| true), None);
-        assert_eq!(pending.part_done(Instant(9), Slot(1), Status::Ok, |_, _| true).unwrap().status, 0);
+        assert_eq!(pending.part_done(Instant(9), Slot(0), Status::Ok, |_, _, _| true), None);
+        assert_eq!(pending.part_done(Instant(9), Slot(1), Status::Ok, |_, _, _| true).unwrap().status, 0);
     }
 
     #[test]
@@ -479,10 +481,10 @@ mod tests {
         assert!(pending.has_waiting());
         assert_eq!(pending.len(), ENTRIES_MAX);
         for slot in 0..SLOTS_MAX as u16 {
-            assert!(pending.part_done(Instant(7), Slot(slot), Status::Ok, |_, _| true).is_some());
+            assert!(pending.part_done(Instant(7), Slot(slot), Status::Ok, |_, _, _| true).is_some());
         }
         submit_all(&mut pending, 0);
-        assert!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _| true).is_some());
+        assert!(pending.part_done(Instant(7), Slot(0), Status::Ok, |_, _, _| true).is_some());
     }
 
     #[test]

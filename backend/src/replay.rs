@@ -47,6 +47,8 @@ pub const BYTES_DEFAULT: u64 = 64 << 20;
 /// Smallest capacity: an empty copy always takes a part.
 pub const CAPACITY_MIN: u64 = 2 << 20;
 const _: () = assert!(ENTRY_BYTES_MAX <= CAPACITY_MIN);
+/// Nobody writes so much; sums of positions never overflow below it.
+const POSITION_MAX: u64 = 1 << 62;
 /// Space is asked for in steps of this.
 const SPACE_STEP: u64 = 1 << 20;
 
@@ -170,7 +172,11 @@ impl Replay {
             return true;
         }
         let words = [capacity, head, tail].iter().all(|word| word.is_multiple_of(WORD_BYTES as u64));
-        if !words || !(CAPACITY_MIN..=room).contains(&capacity) || head - tail > capacity {
+        if !words
+            || !(CAPACITY_MIN..=room).contains(&capacity)
+            || head - tail > capacity
+            || head > POSITION_MAX
+        {
             return false;
         }
         let intended = self.capacity;

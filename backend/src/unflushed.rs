@@ -10,12 +10,12 @@
 //!      '------------------------------ every change was written again -------------------'
 //! ```
 
-use cirro_protocol::op::{Op, Status};
+use cirro_protocol::op::Status;
 use cirro_protocol::types::{REQUEST_BYTES_MAX, SECTOR_BYTES, SLOTS_MAX, Slot};
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::guest_memory::{GuestMemory, GuestRun};
-use crate::pending::Admission;
+use crate::pending::Part;
 use crate::replay::{Entry, Life, Replay};
 
 /// Whether the guest's requests may be issued.
@@ -109,18 +109,17 @@ impl Unflushed {
         self.opened && !self.replay.is_empty() && !self.own_flush_failed
     }
 
-    /// A change has ended well, and no flush belongs to it: keeps a copy before the guest is told. False: there is no room, so it must be flushed first.
-    pub fn keep(&mut self, memory: &GuestMemory, admission: &Admission, runs: &[GuestRun]) -> bool {
-        let Admission { op, offset, len, .. } = *admission;
-        let step = if op == Op::Write { REQUEST_BYTES_MAX as u32 } else { len };
-        (0..len).step_by(step as usize).all(|at| {
-            let entry = Entry { op, offset: offset + u64::from(at), len: step.min(len - at) };
-            let has_room = self.replay.promise(entry);
-            if has_room {
-                self.replay.append(entry, |from, place| copy_out(memory, runs, at + from, &place));
-            }
-            has_room
-        })
+    /// A part of a change has ended well, and no flush belongs to it: keeps a copy before the guest is told. Its data lies in `runs` from `start` on. Parts are
+    /// kept in the order in which they end, which is the node's order; requests of several parts may end in another. False: there is no room, so it must
+    /// be flushed first.
+    pub fn keep(&mut self, memory: &GuestMemory, part: Part, runs: &[GuestRun], start: u32) -> bool {
+        let Part { op, offset, len } = part;
+        let entry = Entry { op, offset, len };
+        let has_room = self.replay.promise(entry);
+        if has_room {
+            self.replay.append(entry, |from, place| copy_out(memory, runs, start + from, &place));
+        }
+        has_room
     }
 
     /// The session is over, and the disk takes back what it issued: with something kept it goes on only after [`Unflushed::attached`].

@@ -138,6 +138,8 @@ pub struct Initiator {
     /// Largest piece the path is thought to carry.
     piece_bytes_max: u32,
     requests: Requests,
+    /// Somebody waits for the session who has submitted nothing yet.
+    awaited: bool,
     events: VecDeque<Event>,
     stats: Stats,
 }
@@ -155,6 +157,7 @@ impl Initiator {
             phase: Phase::Seeking { retry: Retry::starting(now), nonce },
             wanted: Access::ReadOnly,
             piece_bytes_max: u32::MAX,
+            awaited: false,
             events: VecDeque::with_capacity(usize::from(config.slots) + 16),
             stats: Stats::default(),
             numbers,
@@ -184,6 +187,11 @@ impl Initiator {
     /// when no slot is free.
     pub fn submit(&mut self, op: Op, offset: u64, len: u32) -> Option<Slot> {
         self.requests.submit(op, offset, len)
+    }
+
+    /// Says whether somebody waits for the session and submits nothing before it is open: it is looked for as if requests were pending.
+    pub fn set_awaited(&mut self, awaited: bool) {
+        self.awaited = awaited;
     }
 
     /// Ends the session and forgets every request; no [`Event::Done`] comes for them. What the node has begun is drained by the next OPEN.
@@ -411,7 +419,8 @@ impl Initiator {
             Phase::Greeting { retry, .. } if retry.lasting(now) >= GREETING_PATIENCE => self.seek(now),
             Phase::Seeking { .. } | Phase::Greeting { .. } => {}
             Phase::Connected(connected) => {
-                outcome = connected.handle_timeout(now, self.requests.is_idle(), &mut self.stats);
+                let idle = !self.awaited && self.requests.is_idle();
+                outcome = connected.handle_timeout(now, idle, &mut self.stats);
                 connected.settle(now, &mut self.requests);
             }
         }
@@ -422,7 +431,7 @@ impl Initiator {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match &self.phase {
             Phase::Seeking { retry, .. } | Phase::Greeting { retry, .. } => Some(retry.next_at()),
-            Phase::Connected(connected) => connected.poll_timeout(self.requests.is_idle()),
+            Phase::Connected(connected) => connected.poll_timeout(!self.awaited && self.requests.is_idle()),
         }
     }
 
@@ -441,7 +450,7 @@ impl Initiator {
         head: &mut Vec<u8>,
         payloads: &mut Vec<PayloadRef>,
     ) -> Option<Transmit> {
-        let busy = !self.requests.is_idle();
+        let busy = self.awaited || !self.requests.is_idle();
         let (address, steer, volume) = (self.config.address, self.config.steer, self.config.volume);
         let (destination, to_steer, body) = match &mut self.phase {
             Phase::Connected(connected) => {

@@ -23,6 +23,12 @@ const STEER: Steer = Steer::new(1, 0);
 pub(crate) struct Node {
     pub(crate) link: MemoryLink,
     pub(crate) image: Vec<u8>,
+    /// What is there after a loss of power: the image as it was when a flush was answered last.
+    pub(crate) durable: Vec<u8>,
+    /// Which start of the node this is.
+    pub(crate) starts: u8,
+    /// Keeps requests at this offset unanswered, and lets others overtake them.
+    pub(crate) hold_at: Option<u64>,
     pub(crate) info: VolumeInfo,
     /// Takes no notice of anything.
     pub(crate) silent: bool,
@@ -56,6 +62,9 @@ impl Node {
         Node {
             link,
             image: vec![0; bytes],
+            durable: vec![0; bytes],
+            starts: 1,
+            hold_at: None,
             info,
             silent: false,
             hold: false,
@@ -89,6 +98,21 @@ impl Node {
         }
         self.run_events();
         self.send(now);
+    }
+
+    /// The process ends and starts again; `power`: with its machine, and what was not flushed is gone.
+    pub(crate) fn restart(&mut self, power: bool) {
+        self.starts += 1;
+        self.target = None;
+        self.buffers.clear();
+        self.held.clear();
+        if power {
+            self.image.clone_from(&self.durable);
+        }
+    }
+
+    fn incarnation(&self) -> Uuid {
+        Uuid([self.starts; 16])
     }
 
     /// When something is due.
@@ -133,7 +157,7 @@ impl Node {
                     volume: Some(ask.volume),
                     nonce: ask.nonce,
                     node: NODE,
-                    incarnation: NODE,
+                    incarnation: self.incarnation(),
                     steer: STEER,
                 };
                 self.send_long(source, ask.steer, Body::IHave(have));
@@ -155,7 +179,7 @@ impl Node {
                 address: self.link.address(),
                 ethertype: ETHERTYPE_DEFAULT,
                 node: NODE,
-                incarnation: NODE,
+                incarnation: self.incarnation(),
                 nonce: 0x5e55_0000 + self.sessions,
                 token: self.sessions,
                 cid: Cid::new(0, self.sessions as u32),
@@ -192,6 +216,9 @@ impl Node {
                 {
                     self.held.push(event)
                 }
+                Event::Run { offset, op, .. } if self.hold_at == Some(offset) && op != Op::Flush => {
+                    self.held.push(event);
+                }
                 Event::Run { slot, op, offset, len, .. } => self.run(slot, op, offset, len),
                 Event::Open { slot, .. } => {
                     self.target.as_mut().unwrap().complete_info(slot, Status::Ok, self.info);
@@ -217,6 +244,7 @@ impl Node {
                 self.image[at..at + bytes].copy_from_slice(&self.buffers[&slot])
             }
             Op::Discard | Op::WriteZeroes if status == Status::Ok => self.image[at..at + bytes].fill(0),
+            Op::Flush if status == Status::Ok => self.durable.clone_from(&self.image),
             Op::Write | Op::Discard | Op::WriteZeroes | Op::Flush | Op::Open | Op::Release | Op::Stat => {}
         }
         self.target.as_mut().unwrap().complete(slot, status);
