@@ -10,6 +10,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
 
 use crate::request::QUEUE_SIZE_MAX;
+use crate::trouble::{BadOnTrouble, OnTrouble};
 
 /// Queues a disk may offer: what a 64-bit mask of the front-end names.
 pub const QUEUES_MAX: u16 = 64;
@@ -76,6 +77,9 @@ pub struct Flags {
     /// Take the volume from the attachment that holds it, once.
     #[arg(long)]
     pub take_over: bool,
+    /// While a volume is not open: let requests wait, or let them fail after TIME (eio-after=30s) [default: wait].
+    #[arg(long, value_name = "wait|eio-after=TIME")]
+    pub on_trouble: Option<OnTrouble>,
     /// Keep each disk's identity here [default: /var/lib/cirrostratus/backend].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -130,6 +134,7 @@ struct FileDisk {
     read_only: bool,
     queues: Option<u16>,
     queue_size: Option<u16>,
+    on_trouble: Option<String>,
     #[serde(default)]
     take_over: bool,
 }
@@ -168,6 +173,8 @@ pub struct DiskEntry {
     pub queues: u16,
     /// Largest queue accepted.
     pub queue_size: u16,
+    /// What happens to requests while the volume is not open.
+    pub on_trouble: OnTrouble,
     /// Take the volume over.
     pub take_over: bool,
 }
@@ -330,6 +337,8 @@ fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Er
     let listed_node = listed.node.map(|mac| mac.parse()).transpose();
     let listed_node =
         listed_node.map_err(|e: cirro_protocol::types::BadMacAddress| value("node")(e.into()))?;
+    let on_trouble = listed.on_trouble.map(|policy| policy.parse()).transpose();
+    let on_trouble = on_trouble.map_err(|e: BadOnTrouble| value("on-trouble")(e.into()))?;
     let volume = flags.volume.or(listed_volume).ok_or(Error::Missing("--volume NAME"))?;
     let socket = match (&flags.socket_path, flags.fd) {
         (Some(path), _) => Some(Socket::Path(path.clone())),
@@ -362,6 +371,7 @@ fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Er
         read_only: flags.read_only || listed.read_only,
         queues,
         queue_size,
+        on_trouble: flags.on_trouble.or(on_trouble).unwrap_or_default(),
         take_over: flags.take_over || listed.take_over,
     })
 }
@@ -438,8 +448,31 @@ mod tests {
     }
 
     #[test]
+    fn what_happens_in_trouble_is_said_by_a_flag_or_for_each_disk() {
+        let eio = |seconds| OnTrouble::EioAfter(cirro_protocol::time::Nanos::from_secs(seconds));
+        assert_eq!(parse(ONE, None).unwrap().disks[0].on_trouble, OnTrouble::Wait);
+        let flag = parse(&format!("{ONE} --on-trouble eio-after=30s"), None).unwrap();
+        assert_eq!(flag.disks[0].on_trouble, eio(30));
+        let file = "link='l'\n[[disk]]\nvolume='a'\nfd=4\non-trouble='eio-after 2m'\n[[disk]]\nvolume='b'\nfd=5\non-trouble='wait'";
+        let both: Vec<_> = parse("", Some(file)).unwrap().disks.iter().map(|disk| disk.on_trouble).collect();
+        assert_eq!(both, [eio(120), OnTrouble::Wait]);
+        let all: Vec<_> = parse("--on-trouble eio-after=1s", Some(file))
+            .unwrap()
+            .disks
+            .iter()
+            .map(|d| d.on_trouble)
+            .collect();
+        assert_eq!(all, [eio(1), eio(1)]);
+    }
+
+    #[test]
     fn every_mistake_is_told_in_one_line() {
         let cases = [
+            (
+                "",
+                Some("link='l'\n[[disk]]\nvolume='x'\nfd=4\non-trouble='panic'"),
+                "disk 1: on-trouble: not a policy",
+            ),
             ("--socket-path /s --volume v", None, "--link IF is missing"),
             ("--socket-path /s --link l", None, "--volume NAME is missing"),
             ("--link l --volume v", None, "--socket-path PATH (or --fd N) is missing"),

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use cirro_protocol::initiator::{Event, Initiator, LossCause};
+use cirro_protocol::initiator::{Event, Initiator, StateName};
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{SERIAL_BYTES, Slot, VolumeName};
@@ -22,6 +22,7 @@ use crate::record::Record;
 use crate::replay::{Life, Replay};
 use crate::request::{Chain, Limits, Reject, Request};
 use crate::stats::{DiskStats, SessionReport};
+use crate::trouble::{self, OnTrouble, Trouble, Turn};
 use crate::unflushed::{Ended, Unflushed, Verdict};
 use crate::virtqueue::{ServedRing, Started, Stopping};
 
@@ -48,6 +49,8 @@ pub struct DiskConfig {
     pub record: Record,
     /// What was written and not flushed.
     pub replay: Replay,
+    /// What happens to requests while the volume is not open.
+    pub on_trouble: OnTrouble,
     /// Its counters.
     pub stats: Arc<DiskStats>,
 }
@@ -80,6 +83,7 @@ pub struct Disk {
     write_through: bool,
     /// A stop ran into its deadline and nothing has been heard since: further stops do not wait.
     stalled: bool,
+    trouble: Trouble,
     refusal: Option<Status>,
     /// When the volume was last opened, lost or refused.
     since: Instant,
@@ -107,6 +111,7 @@ impl Disk {
             limits: Limits::default(),
             write_through: false,
             stalled: false,
+            trouble: Trouble::new(config.on_trouble),
             refusal: None,
             since: Instant::default(),
             first_ring: 0,
@@ -237,6 +242,11 @@ impl Disk {
             stats: self.initiator.stats(),
             requests: self.pending.len(),
             unflushed_bytes: self.unflushed.bytes(),
+            on_trouble: self.trouble.policy(),
+            cause: self.trouble.cause(),
+            failing: self.trouble.is_failing(),
+            replaying: self.unflushed.blocks(),
+            flushes_fail: self.unflushed.has_failed(),
             rings: self.rings.iter().flatten().count(),
         }
     }
@@ -280,7 +290,8 @@ impl Disk {
                 Event::Refused(status, info) => self.refused(now, status, &info),
                 Event::Lost(cause) => {
                     self.since = now;
-                    self.log_loss(cause);
+                    self.trouble.lost(cause);
+                    trouble::log_loss(self.volume, cause, self.pending.len());
                     // A request of several steps begins again: a flush at another start of the node says nothing of a write at the last.
                     self.unflushed.lost();
                     self.initiator.abandon(now);
@@ -288,6 +299,23 @@ impl Disk {
                 }
             }
         }
+        self.watch_trouble(now);
+    }
+
+    /// Requests that have waited too long fail, and so does every other one until the volume is open again. The session is given up, so nothing of them can
+    /// land later than the drain of the next OPEN.
+    fn watch_trouble(&mut self, now: Instant) {
+        let open = self.initiator.state() == StateName::Open && !self.unflushed.blocks();
+        let Some(turn) = self.trouble.observe(now, open) else { return };
+        let mut gone = Vec::new();
+        if turn == Turn::Fail {
+            self.initiator.abandon(now);
+            self.unflushed.lost();
+            self.pending.restart_all();
+            gone = self.pending.take_out(now, |_, _| true);
+        }
+        self.trouble.log(self.volume, turn, self.refusal, gone.len());
+        gone.iter().for_each(|finished| self.complete(finished));
     }
 
     /// A slot has ended: a part of a guest's request, or a change or flush of our own.
@@ -365,49 +393,7 @@ impl Disk {
             return;
         }
         self.since = now;
-        match status {
-            Status::Busy => log::warn!(
-                "volume {}: another attachment holds it (epoch {}); waiting for it to let go. If it is gone for good, start with --take-over",
-                self.volume,
-                info.vol_epoch
-            ),
-            Status::Fenced => log::error!(
-                "volume {}: another attachment took it over; writes fail. Stop this disk, or take the volume back with --take-over",
-                self.volume
-            ),
-            Status::Ok
-            | Status::Io
-            | Status::NoSpace
-            | Status::Stale
-            | Status::Retry
-            | Status::Invalid
-            | Status::ReadOnly
-            | Status::Corrupt
-            | Status::Access
-            | Status::Unsupported => log::warn!(
-                "volume {}: the node refuses it ({status:?}); asking again until it agrees",
-                self.volume
-            ),
-        }
-    }
-
-    fn log_loss(&self, cause: LossCause) {
-        let kept = self.pending.len();
-        match cause {
-            LossCause::Dead => {
-                log::warn!("volume {}: the node does not answer; {kept} requests wait for it", self.volume);
-            }
-            LossCause::Reset
-            | LossCause::Closed(_)
-            | LossCause::NarrowPath
-            | LossCause::WiderPath
-            | LossCause::Abandoned => {
-                log::info!(
-                    "volume {}: session over ({cause:?}); {kept} requests go on in the next",
-                    self.volume
-                );
-            }
-        }
+        trouble::log_refusal(self.volume, status, info);
     }
 
     fn complete(&mut self, finished: &Finished) {
@@ -530,6 +516,9 @@ impl Disk {
             Request::Flush => admission(Op::Flush, 0, 0),
             Request::Range { op, offset, sectors } => admission(op, offset, sectors),
         };
+        if self.trouble.is_failing() {
+            return self.complete(&Finished::refused(admitted));
+        }
         self.pending.admit(now, admitted, &mut self.chain.data);
         self.submit_waiting(now);
     }
@@ -642,7 +631,8 @@ impl Disk {
     /// When something is due although nothing comes in.
     pub fn next_deadline(&self) -> Option<Instant> {
         let stops = self.rings.iter().flatten().filter_map(|served| served.stopping.as_ref());
-        stops.map(|stopping| stopping.deadline).chain(self.initiator.poll_timeout()).min()
+        let own = self.initiator.poll_timeout().into_iter().chain(self.trouble.next_deadline());
+        stops.map(|stopping| stopping.deadline).chain(own).min()
     }
 
     /// Asks every guest ring to kick for new requests. True if there are some that could be taken now.

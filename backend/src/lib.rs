@@ -22,6 +22,7 @@ pub mod ring;
 pub mod server;
 pub mod state;
 pub mod stats;
+pub mod trouble;
 pub mod unflushed;
 pub mod virtqueue;
 pub mod worker;

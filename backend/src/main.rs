@@ -263,6 +263,7 @@ fn worker_disk(
         attach,
         record: remains.record,
         replay: remains.replay,
+        on_trouble: entry.on_trouble,
         stats,
     });
     worker.add(id, disk);

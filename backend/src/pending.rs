@@ -60,6 +60,14 @@ pub struct Finished {
     pub served: Nanos,
 }
 
+impl Finished {
+    /// A request that fails at once.
+    pub fn refused(admission: Admission) -> Finished {
+        let status = VIRTIO_BLK_S_IOERR as u8;
+        Finished { admission, status, used_bytes: 1, queued: Nanos(0), served: Nanos(0) }
+    }
+}
+
 /// A request in flight. Only [`Entry::end`] lets go of one.
 #[derive(Debug)]
 struct Entry {

@@ -16,7 +16,6 @@ use cirro_link::packet::Drops;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps};
 use cirro_protocol::initiator::StateName;
-use cirro_protocol::op::Status;
 use cirro_protocol::types::{MacAddress, Uuid};
 use cirro_protocol::wire::body::VOLUME_READ_ONLY;
 
@@ -24,6 +23,7 @@ use crate::attach::Attach;
 use crate::config::{DiskEntry, Socket};
 use crate::mailbox::{Answer, Change, DiskId, Mailbox};
 use crate::stats::{DiskStats, SessionReport, WorkerStats};
+use crate::trouble;
 
 /// A disk as it is told of.
 #[derive(Clone)]
@@ -160,6 +160,8 @@ impl DiskView {
             read_only,
             size_bytes: info.map_or(0, |info| info.capacity_sectors * 512),
             node: session.as_ref().and_then(|session| session.node).map(|node| node.to_string()),
+            on_trouble: self.entry.on_trouble.to_string(),
+            unflushed_bytes: session.as_ref().map_or(0, |session| session.unflushed_bytes),
             in_flight: session.as_ref().map_or(0, |session| session.requests as u32),
             worker: self.worker,
             counters: Some(DiskCounters {
@@ -206,6 +208,7 @@ fn disk_state(session: Option<&SessionReport>, attached: bool) -> State<DiskStat
     };
     let name = match (session.state, session.refusal) {
         (_, Some(_)) => DiskState::Refused,
+        (StateName::Open, None) if session.replaying => DiskState::Reconnecting,
         (StateName::Open, None) => DiskState::Healthy,
         (StateName::Seeking | StateName::Greeting | StateName::Probing | StateName::Opening, None) => {
             if attached {
@@ -215,19 +218,22 @@ fn disk_state(session: Option<&SessionReport>, attached: bool) -> State<DiskStat
             }
         }
     };
-    let why = session.refusal.map(|status| match status {
-        Status::Busy => "another attachment holds the volume; the node's log says which".to_owned(),
-        Status::Fenced => "another attachment took the volume over".to_owned(),
-        Status::Ok
-        | Status::Io
-        | Status::NoSpace
-        | Status::Stale
-        | Status::Retry
-        | Status::Invalid
-        | Status::ReadOnly
-        | Status::Corrupt
-        | Status::Access
-        | Status::Unsupported => format!("the node answered {status:?}"),
-    });
+    let flushes_fail = name == DiskState::Healthy && session.flushes_fail;
+    let name = if flushes_fail { DiskState::Degraded } else { name };
+    let mut why = match name {
+        DiskState::Healthy => None,
+        DiskState::Degraded => {
+            Some("the node lost unflushed writes and does not take them back; flushes fail".to_owned())
+        }
+        DiskState::Reconnecting if session.state == StateName::Open => {
+            Some("writing again what the node may have lost".to_owned())
+        }
+        DiskState::Reconnecting | DiskState::Connecting | DiskState::Refused => {
+            Some(trouble::why(session.refusal, session.cause))
+        }
+    };
+    if let Some(why) = why.as_mut().filter(|_| session.failing) {
+        why.push_str("; requests fail");
+    }
     State { name, since_ns: session.since.0, why }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use cirro_ctl::counter::{ByReason, Counter, OpMeter, WorkerMeter};
 use cirro_ctl::report::Ops;
-use cirro_protocol::initiator::StateName;
+use cirro_protocol::initiator::{LossCause, StateName};
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::stats::Stats;
 use cirro_protocol::time::Instant;
@@ -14,6 +14,7 @@ use cirro_protocol::types::MacAddress;
 
 use crate::pending::Finished;
 use crate::request::Reject;
+use crate::trouble::OnTrouble;
 
 /// What is counted per disk.
 #[derive(Debug, Default)]
@@ -156,6 +157,16 @@ pub struct SessionReport {
     pub unflushed_bytes: u64,
     /// Rings that are served.
     pub rings: usize,
+    /// What happens to requests while the volume is not open.
+    pub on_trouble: OnTrouble,
+    /// Why the last session was lost.
+    pub cause: Option<LossCause>,
+    /// Requests fail: it has lasted too long.
+    pub failing: bool,
+    /// Requests wait until it is known whether changes must be written again, or until they were.
+    pub replaying: bool,
+    /// The node did not take back what it had lost.
+    pub flushes_fail: bool,
 }
 
 const _: () = assert!(Drop::HandshakeFlood as usize == DROP_NAMES.len() - 1);

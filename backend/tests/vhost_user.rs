@@ -119,6 +119,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         attach,
         record: Record::in_memory(2),
         replay: Replay::in_memory(2 << 20),
+        on_trouble: Default::default(),
         stats: Arc::default(),
     });
     let node = Node::new(there, IMAGE_BYTES);
@@ -163,6 +164,7 @@ impl Backend {
                 read_only: false,
                 queues: 2,
                 queue_size: SIZE,
+                on_trouble: Default::default(),
                 take_over: false,
             },
             link: "memory".into(),

@@ -325,6 +325,12 @@ pub struct Disk {
     pub node: Option<String>,
     /// Requests of the guest that have not ended.
     pub in_flight: u32,
+    /// What happens to requests while the volume is not open: `wait`, or `eio-after=TIME`.
+    #[serde(default)]
+    pub on_trouble: String,
+    /// Answered changes that no flush covers yet, of which a copy is kept.
+    #[serde(default)]
+    pub unflushed_bytes: u64,
     /// The worker it lives on.
     pub worker: u16,
     /// The session, or the attempt at one.

@@ -138,7 +138,20 @@ fn show_volumes(out: &mut String, volumes: &[Volume], now_ns: u64) {
 }
 
 fn show_disks(out: &mut String, disks: &[Disk], now_ns: u64) {
-    let columns = &["DISK", "STATE", "FOR", "WHY", ">SIZE", "ACCESS", "VMM", ">IN FLIGHT", "NODE", "SOCKET"];
+    let columns = &[
+        "DISK",
+        "STATE",
+        "FOR",
+        "WHY",
+        ">SIZE",
+        "ACCESS",
+        "VMM",
+        ">IN FLIGHT",
+        ">UNFLUSHED",
+        "ON TROUBLE",
+        "NODE",
+        "SOCKET",
+    ];
     let mut table = Table::new(columns);
     for disk in disks {
         let [state, since, why] = state_cells(&disk.state, now_ns);
@@ -151,6 +164,8 @@ fn show_disks(out: &mut String, disks: &[Disk], now_ns: u64) {
             access(disk.read_only),
             if disk.front_end_connected { "connected".into() } else { "absent".into() },
             disk.in_flight.to_string(),
+            bytes(disk.unflushed_bytes),
+            disk.on_trouble.clone(),
             disk.node.clone().unwrap_or_default(),
             disk.socket.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
         ]);

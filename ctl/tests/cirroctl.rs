@@ -170,6 +170,8 @@ fn backend_report() -> Report {
         size_bytes: 10 << 30,
         node: None,
         in_flight: 32,
+        on_trouble: "wait".into(),
+        unflushed_bytes: 3 << 20,
         worker: 0,
         session: None,
         counters: Some(DiskCounters { reconnects: 2, ops: ops() }),

@@ -207,6 +207,7 @@ impl Host {
                 attach: Arc::clone(&disk.attach),
                 record: disk.record.clone(),
                 replay: Replay::new(disk.unflushed.clone(), 0, REPLAY_BYTES),
+                on_trouble: Default::default(),
                 stats: Arc::new(DiskStats::default()),
             });
             worker.add(DiskId(index as u16), disk);

@@ -12,6 +12,7 @@ use cirro_backend::mapped::Mapped;
 use cirro_backend::record::Record;
 use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
+use cirro_backend::trouble::OnTrouble;
 use cirro_backend::worker::Worker;
 use cirro_link::Link;
 use cirro_link::memory::{MemoryLink, pair};
@@ -42,6 +43,7 @@ impl Process {
         (starts, now): (u64, Instant),
         (record, unflushed): (&Record, &Mapped),
         attach: &Arc<Attach>,
+        on_trouble: OnTrouble,
     ) -> Process {
         let (mailbox, inbox) = mailbox().unwrap();
         let (stats, disk_stats) = (Arc::<WorkerStats>::default(), Arc::<DiskStats>::default());
@@ -68,6 +70,7 @@ impl Process {
             attach: Arc::clone(attach),
             record: record.clone(),
             replay: Replay::new(unflushed.clone(), 0, REPLAY_BYTES),
+            on_trouble,
             stats: Arc::clone(&disk_stats),
         });
         let mut worker = Worker::new(link, Steer::new(0, 0), inbox, Arc::clone(&stats));
@@ -86,6 +89,8 @@ pub(crate) struct Rig {
     pub(crate) record: Record,
     /// What was not flushed, likewise.
     pub(crate) unflushed: Mapped,
+    /// For the next process.
+    pub(crate) on_trouble: OnTrouble,
     starts: u64,
     pub(crate) disk_stats: Arc<DiskStats>,
     pub(crate) stats: Arc<WorkerStats>,
@@ -104,10 +109,23 @@ impl Rig {
         let (record, attach) = (Record::in_memory(2), Arc::<Attach>::default());
         let unflushed = Mapped::in_memory(Replay::bytes(REPLAY_BYTES));
         let (here, there) = pair(mtu);
-        let process = Process::new(here, (1, now), (&record, &unflushed), &attach);
+        let process = Process::new(here, (1, now), (&record, &unflushed), &attach, OnTrouble::Wait);
         let Process { worker, mailbox, disk_stats, stats } = process;
         let node = Node::new(there, 16 * MIB);
-        Rig { worker, node, mailbox, attach, record, unflushed, starts: 1, disk_stats, stats, memory, now }
+        Rig {
+            worker,
+            node,
+            mailbox,
+            attach,
+            record,
+            unflushed,
+            on_trouble: OnTrouble::Wait,
+            starts: 1,
+            disk_stats,
+            stats,
+            memory,
+            now,
+        }
     }
 
     /// Kills the backend, and starts another one on what it left. Frames that are on their way are lost.
@@ -116,8 +134,13 @@ impl Rig {
         self.node.link = there;
         self.starts += 1;
         self.attach = Arc::new(Attach::new(self.attach.get().or(self.attach.remembered())));
-        let process =
-            Process::new(here, (self.starts, self.now), (&self.record, &self.unflushed), &self.attach);
+        let process = Process::new(
+            here,
+            (self.starts, self.now),
+            (&self.record, &self.unflushed),
+            &self.attach,
+            self.on_trouble,
+        );
         let killed = std::mem::replace(&mut self.worker, process.worker);
         // Whoever is killed drops nothing, and a worker that is dropped with requests in flight is a bug.
         Box::leak(Box::new(killed));
