@@ -118,6 +118,9 @@ impl Disk {
             chain: Chain::default(),
             kick_changes: Vec::new(),
         };
+        if let Some(epoch) = disk.unflushed.held() {
+            disk.initiator.resume(epoch);
+        }
         if let Some(info) = disk.attach.remembered() {
             // Until the node says that it is still so, no write counts as stable without a flush.
             disk.adopt(VolumeInfo { flags: info.flags & !VOLUME_WRITE_THROUGH, ..info });
@@ -202,6 +205,7 @@ impl Disk {
         let used = self.rings.iter().any(Option::is_some) || self.unflushed.holds();
         let write = used && !self.limits.read_only;
         self.initiator.set_access(if write { Access::ReadWrite } else { Access::ReadOnly });
+        self.unflushed.set_held(self.initiator.epoch());
     }
 
     /// The mappings of before go away here, after the turn that used them. A request whose memory is gone ends without a write.
@@ -246,7 +250,7 @@ impl Disk {
             cause: self.trouble.cause(),
             failing: self.trouble.is_failing(),
             replaying: self.unflushed.blocks(),
-            flushes_fail: self.unflushed.has_failed(),
+            stuck: self.unflushed.is_stuck(),
             rings: self.rings.iter().flatten().count(),
         }
     }
@@ -268,19 +272,19 @@ impl Disk {
             match event {
                 Event::Done { slot, status } => {
                     self.stalled = false;
-                    if status == Status::Fenced {
-                        let info = self.info;
-                        self.refused(now, status, &info);
-                    }
                     self.ended(now, slot, status);
                 }
                 Event::Attached(info, access) => {
                     self.stalled = false;
-                    (self.refusal, self.since) = (None, now);
+                    if !self.initiator.is_fenced() {
+                        (self.refusal, self.since) = (None, now);
+                    }
                     log::info!("volume {}: open {access:?}, {} sectors", self.volume, info.capacity_sectors);
                     self.set_info(info);
-                    if access == Access::ReadWrite {
-                        self.meet();
+                    match access {
+                        Access::ReadWrite => self.meet(),
+                        Access::ReadOnly if self.limits.read_only => self.unflushed.attached_to_read(),
+                        Access::ReadOnly => {}
                     }
                 }
                 Event::Changed(info) => {
@@ -299,6 +303,7 @@ impl Disk {
                 }
             }
         }
+        self.unflushed.set_held(self.initiator.epoch());
         self.watch_trouble(now);
     }
 
@@ -306,13 +311,22 @@ impl Disk {
     /// land later than the drain of the next OPEN.
     fn watch_trouble(&mut self, now: Instant) {
         let open = self.initiator.state() == StateName::Open && !self.unflushed.blocks();
-        let Some(turn) = self.trouble.observe(now, open) else { return };
+        let fenced = self.initiator.is_fenced();
+        if fenced {
+            let info = self.info;
+            self.refused(now, Status::Fenced, &info);
+        }
+        let Some(turn) = self.trouble.observe(now, open, fenced) else { return };
         let mut gone = Vec::new();
         if turn == Turn::Fail {
             self.initiator.abandon(now);
             self.unflushed.lost();
             self.pending.restart_all();
             gone = self.pending.take_out(now, |_, _| true);
+            if fenced {
+                let bytes = self.unflushed.discard();
+                self.log_discarded(bytes);
+            }
         }
         self.trouble.log(self.volume, turn, self.refusal, gone.len());
         gone.iter().for_each(|finished| self.complete(finished));
@@ -321,11 +335,11 @@ impl Disk {
     /// A slot has ended: a part of a guest's request, or a change or flush of our own.
     fn ended(&mut self, now: Instant, slot: Slot, status: Status) {
         let node = self.node();
-        let failed_before = self.unflushed.has_failed();
-        let ended = self.unflushed.done(slot, status, node);
-        if self.unflushed.has_failed() && !failed_before {
+        let was_stuck = self.unflushed.is_stuck();
+        let ended = self.unflushed.done(now, slot, status, node);
+        if self.unflushed.is_stuck() && !was_stuck {
             log::error!(
-                "volume {}: a change that the node had forgotten could not be written again ({status:?}); every flush fails until it can be",
+                "volume {}: a change that the node had forgotten cannot be written again ({status:?}); requests wait, and it is tried again",
                 self.volume
             );
         }
@@ -353,11 +367,17 @@ impl Disk {
                 self.volume,
                 bytes / 1024
             ),
-            Verdict::Discarded(bytes) => log::error!(
+            Verdict::Discarded(bytes) => self.log_discarded(bytes),
+        }
+    }
+
+    fn log_discarded(&self, bytes: u64) {
+        if bytes > 0 {
+            log::error!(
                 "volume {}: another attachment had it meanwhile; {} KiB that were not flushed are not written again",
                 self.volume,
                 bytes / 1024
-            ),
+            );
         }
     }
 
@@ -412,7 +432,7 @@ impl Disk {
     /// Step 4 of a turn: takes requests off the rings while there is room. True if a ring may have more although there is room.
     pub fn accept(&mut self, now: Instant) -> bool {
         let mut more = false;
-        self.submit_own();
+        self.submit_own(now);
         self.submit_waiting(now);
         let rings = self.rings.len();
         self.first_ring = (self.first_ring + 1) % rings;
@@ -431,12 +451,16 @@ impl Disk {
 
     /// True if a request that is taken off a ring now can be given to the session at once.
     fn has_room(&self) -> bool {
+        if self.trouble.is_failing() {
+            // It ends at once.
+            return true;
+        }
         !self.unflushed.blocks() && !self.pending.has_waiting() && self.initiator.free_slots() > 0
     }
 
     /// What must be written again, and a flush that nobody else asked for.
-    fn submit_own(&mut self) {
-        while let Some(change) = self.unflushed.next_change() {
+    fn submit_own(&mut self, now: Instant) {
+        while let Some(change) = self.unflushed.next_change(now) {
             let Some(slot) = self.initiator.submit(change.op, change.offset, change.len) else { return };
             self.unflushed.submitted(slot);
         }
@@ -631,7 +655,9 @@ impl Disk {
     /// When something is due although nothing comes in.
     pub fn next_deadline(&self) -> Option<Instant> {
         let stops = self.rings.iter().flatten().filter_map(|served| served.stopping.as_ref());
-        let own = self.initiator.poll_timeout().into_iter().chain(self.trouble.next_deadline());
+        let own =
+            [self.initiator.poll_timeout(), self.trouble.next_deadline(), self.unflushed.next_deadline()];
+        let own = own.into_iter().flatten();
         stops.map(|stopping| stopping.deadline).chain(own).min()
     }
 

@@ -112,10 +112,16 @@ fn open_remains(config: &Config, states: &[Arc<State>]) -> anyhow::Result<Vec<Re
         let record = open(format!("{}.inflight", state.attachment), bytes, bytes)?;
         let unflushed = format!("{}.unflushed", state.attachment);
         let replay = open(unflushed, Replay::bytes(replay::BYTES_DEFAULT), replay::HEADER_BYTES)?;
-        Ok(Remains {
-            record: Record::new(record, boot),
-            replay: Replay::new(replay, boot, replay::BYTES_DEFAULT),
-        })
+        let replay = Replay::new(replay, boot, replay::BYTES_DEFAULT);
+        if replay.was_damaged() {
+            log::error!(
+                "volume {}: the copy of what was not flushed ({}/{}.unflushed) is damaged and cannot be used; check the guest's file system",
+                disk.volume,
+                config.run_dir.display(),
+                state.attachment
+            );
+        }
+        Ok(Remains { record: Record::new(record, boot), replay })
     });
     remains.collect()
 }

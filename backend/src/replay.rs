@@ -3,8 +3,8 @@
 //! Knows entries and their order; does not know sessions, slots or the guest. Called by `unflushed`, which decides when; opened by `main`. The order that
 //! makes it safe:
 //!
-//! 1. A change gets its place promised before it is submitted, so an answer never finds the copy full.
-//! 2. Its entry is appended when its OK arrives and before the guest can see that: what a guest knows to be done is here or stable.
+//! 1. A change's entry is appended when its OK arrives and before the guest can see that: what a guest knows to be done is here or stable.
+//! 2. Without room for it the change gets a flush of its own before it counts as done. The flush drops what was appended before.
 //! 3. Entries stand in the order of the answers. The initiator has no two overlapping changes out (P-67), so it is the node's order for each byte.
 //! 4. While one change is kept, every later one is: an older entry never outlives a newer one of the same bytes.
 //! 5. A flush drops, when it is answered OK, what was appended before it was submitted, and no more: always the oldest entries, never from the middle.
@@ -34,9 +34,10 @@ const INCARNATION_AT: usize = 4;
 const EPOCH_AT: usize = 6;
 const HEAD_AT: usize = 7;
 const TAIL_AT: usize = 8;
+const HELD_AT: usize = 9;
 /// Bytes before the first entry: a page, which has space before the memory is given to [`Replay::new`].
 pub const HEADER_BYTES: usize = 4096;
-const _: () = assert!((TAIL_AT + 1) * WORD_BYTES <= HEADER_BYTES);
+const _: () = assert!((HELD_AT + 1) * WORD_BYTES <= HEADER_BYTES);
 
 /// Bytes of an entry before its data: position, offset, operation and length.
 const ENTRY_BYTES: u64 = 24;
@@ -119,8 +120,6 @@ pub struct Replay {
     space: u64,
     head: u64,
     tail: u64,
-    /// Bytes that changes on their way will need.
-    promised: u64,
     damaged: bool,
 }
 
@@ -144,7 +143,6 @@ impl Replay {
             space: 0,
             head: 0,
             tail: 0,
-            promised: 0,
             damaged: false,
         };
         copy.damaged = !copy.recover(boot);
@@ -163,6 +161,7 @@ impl Replay {
     fn recover(&mut self, boot: u128) -> bool {
         let capacity = self.load(CAPACITY_AT);
         if self.load(MAGIC_AT) != MAGIC || self.load_pair(BOOT_AT) != boot {
+            self.store(HELD_AT, 0);
             return true;
         }
         let room = (self.memory.len() - HEADER_BYTES) as u64;
@@ -227,11 +226,6 @@ impl Replay {
         self.capacity
     }
 
-    /// True if some change has its place promised.
-    pub fn has_promised(&self) -> bool {
-        self.promised > 0
-    }
-
     /// Whose they are.
     pub fn life(&self) -> Life {
         let incarnation = Uuid(self.load_pair(INCARNATION_AT).to_le_bytes());
@@ -243,26 +237,6 @@ impl Replay {
     pub fn set_life(&mut self, life: Life) {
         self.store_pair(INCARNATION_AT, u128::from_le_bytes(life.incarnation.0));
         self.store(EPOCH_AT, life.vol_epoch);
-    }
-
-    /// Promises a change its place. False: there is none now.
-    pub fn promise(&mut self, entry: Entry) -> bool {
-        let promised = self.promised + entry.size();
-        if self.bytes_kept() + promised > self.capacity || !self.make_space(self.head + promised) {
-            return false;
-        }
-        self.promised = promised;
-        true
-    }
-
-    /// Takes a promise back: the change was not answered OK.
-    pub fn break_promise(&mut self, entry: Entry) {
-        self.promised -= entry.size();
-    }
-
-    /// Takes all promises back: the changes on their way are submitted again.
-    pub fn break_promises(&mut self) {
-        self.promised = 0;
     }
 
     /// Sees to it that every place up to the position `end` can be stored to.
@@ -282,10 +256,13 @@ impl Replay {
         true
     }
 
-    /// Keeps a change that was answered OK and had its place promised. `fill` puts the data from its argument on into each part of that place.
-    pub fn append(&mut self, entry: Entry, mut fill: impl FnMut(u32, VolatileSlice<'_>)) {
+    /// Keeps a change that was answered OK. `fill` puts the data from its argument on into each part of its place. False: there is no room, nothing happened.
+    #[must_use]
+    pub fn append(&mut self, entry: Entry, mut fill: impl FnMut(u32, VolatileSlice<'_>)) -> bool {
         let size = entry.size();
-        assert!(size <= self.promised, "a change is kept in a place that was promised to it");
+        if self.bytes_kept() + size > self.capacity || !self.make_space(self.head + size) {
+            return false;
+        }
         let what = (entry.op as u64) << 32 | u64::from(entry.len);
         for (index, word) in (0..).zip([self.head, entry.offset, what]) {
             self.memory.write(self.place(self.head + index * WORD_BYTES as u64), &word.to_le_bytes());
@@ -293,9 +270,9 @@ impl Replay {
         for (from, place, len) in self.runs(self.head + ENTRY_BYTES, entry.data_bytes()) {
             fill(from, self.memory.slice(place, len as usize));
         }
-        self.promised -= size;
         self.head += size;
         self.store(HEAD_AT, self.head);
+        true
     }
 
     /// The position that the next entry will have: what a flush that is submitted now will cover lies before it.
@@ -319,7 +296,7 @@ impl Replay {
     /// An empty copy begins at its first place again. `tail` goes first: ahead of `head` it is an empty copy too. Positions go on, so one that was handed out
     /// before covers nothing that comes now.
     fn begin_again(&mut self) {
-        if self.capacity != self.capacity_wanted && self.promised == 0 {
+        if self.capacity != self.capacity_wanted {
             (self.capacity, self.space) = (self.capacity_wanted, 0);
             self.store(CAPACITY_AT, self.capacity);
         }
@@ -327,6 +304,16 @@ impl Replay {
         (self.head, self.tail) = (first, first);
         self.store(TAIL_AT, first);
         self.store(HEAD_AT, first);
+    }
+
+    /// The volume's epoch under which this disk may write and has not let go of; 0: none. It outlives the process as the entries do.
+    pub fn held(&self) -> u64 {
+        self.load(HELD_AT)
+    }
+
+    /// Sets it.
+    pub fn set_held(&mut self, vol_epoch: u64) {
+        self.store(HELD_AT, vol_epoch);
     }
 
     /// The oldest entry.

@@ -218,17 +218,15 @@ fn disk_state(session: Option<&SessionReport>, attached: bool) -> State<DiskStat
             }
         }
     };
-    let flushes_fail = name == DiskState::Healthy && session.flushes_fail;
-    let name = if flushes_fail { DiskState::Degraded } else { name };
     let mut why = match name {
         DiskState::Healthy => None,
-        DiskState::Degraded => {
-            Some("the node lost unflushed writes and does not take them back; flushes fail".to_owned())
+        DiskState::Reconnecting if session.stuck => {
+            Some("the node does not take back what it has lost; it is tried again".to_owned())
         }
         DiskState::Reconnecting if session.state == StateName::Open => {
             Some("writing again what the node may have lost".to_owned())
         }
-        DiskState::Reconnecting | DiskState::Connecting | DiskState::Refused => {
+        DiskState::Degraded | DiskState::Reconnecting | DiskState::Connecting | DiskState::Refused => {
             Some(trouble::why(session.refusal, session.cause))
         }
     };

@@ -165,8 +165,8 @@ pub struct SessionReport {
     pub failing: bool,
     /// Requests wait until it is known whether changes must be written again, or until they were.
     pub replaying: bool,
-    /// The node did not take back what it had lost.
-    pub flushes_fail: bool,
+    /// The node does not take back what it has lost.
+    pub stuck: bool,
 }
 
 const _: () = assert!(Drop::HandshakeFlood as usize == DROP_NAMES.len() - 1);

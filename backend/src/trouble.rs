@@ -71,7 +71,7 @@ impl fmt::Display for OnTrouble {
 pub enum Turn {
     /// It has lasted too long: requests fail from now on.
     Fail,
-    /// The volume is open again: requests are served.
+    /// Requests are served again, or wait.
     Serve,
 }
 
@@ -111,19 +111,16 @@ impl Trouble {
         self.failing
     }
 
-    /// Takes note of whether the volume is open now.
-    pub fn observe(&mut self, now: Instant, open: bool) -> Option<Turn> {
-        if open {
-            self.since = None;
-            return std::mem::take(&mut self.failing).then_some(Turn::Serve);
-        }
-        let since = *self.since.get_or_insert(now);
-        let OnTrouble::EioAfter(time) = self.policy else { return None };
-        if self.failing || now < since + time {
-            return None;
-        }
-        self.failing = true;
-        Some(Turn::Fail)
+    /// Takes note of whether the volume is open now, and whether it is another's for good: then nothing waits, whatever the policy.
+    pub fn observe(&mut self, now: Instant, open: bool, fenced: bool) -> Option<Turn> {
+        self.since = if open { None } else { self.since.or(Some(now)) };
+        let too_long = match (self.policy, self.since) {
+            (OnTrouble::EioAfter(time), Some(since)) => now >= since + time,
+            (OnTrouble::EioAfter(_) | OnTrouble::Wait, _) => false,
+        };
+        let fail = too_long || (fenced && !open);
+        let turn = if fail { Turn::Fail } else { Turn::Serve };
+        (std::mem::replace(&mut self.failing, fail) != fail).then_some(turn)
     }
 
     /// When requests begin to fail, if nothing happens before.
@@ -139,10 +136,10 @@ impl Trouble {
         let why = why(refusal, self.cause);
         match turn {
             Turn::Fail => log::error!(
-                "volume {volume}: not open for too long ({why}); {failed} requests fail, and every other one until it is open again (--on-trouble {})",
+                "volume {volume}: {why}; {failed} requests fail, and every other one until it is open again (--on-trouble {})",
                 self.policy
             ),
-            Turn::Serve => log::info!("volume {volume}: open again; requests are served"),
+            Turn::Serve => log::info!("volume {volume}: requests are served again"),
         }
     }
 }
@@ -243,22 +240,31 @@ mod tests {
     #[test]
     fn it_turns_once_each_way() {
         let mut trouble = Trouble::new(OnTrouble::EioAfter(Nanos(100)));
-        assert_eq!(trouble.observe(Instant(1000), false), None);
+        assert_eq!(trouble.observe(Instant(1000), false, false), None);
         assert_eq!(trouble.next_deadline(), Some(Instant(1100)));
-        assert_eq!(trouble.observe(Instant(1099), false), None);
-        assert_eq!(trouble.observe(Instant(1100), false), Some(Turn::Fail));
-        assert_eq!((trouble.observe(Instant(1200), false), trouble.next_deadline()), (None, None));
-        assert_eq!(trouble.observe(Instant(1300), true), Some(Turn::Serve));
-        assert_eq!(trouble.observe(Instant(1301), true), None);
-        assert_eq!(trouble.observe(Instant(1400), false), None, "it begins anew");
+        assert_eq!(trouble.observe(Instant(1099), false, false), None);
+        assert_eq!(trouble.observe(Instant(1100), false, false), Some(Turn::Fail));
+        assert_eq!((trouble.observe(Instant(1200), false, false), trouble.next_deadline()), (None, None));
+        assert_eq!(trouble.observe(Instant(1300), true, false), Some(Turn::Serve));
+        assert_eq!(trouble.observe(Instant(1301), true, false), None);
+        assert_eq!(trouble.observe(Instant(1400), false, false), None, "it begins anew");
         assert_eq!(trouble.next_deadline(), Some(Instant(1500)));
+    }
+
+    /// P-81
+    #[test]
+    fn who_is_fenced_does_not_wait() {
+        let mut trouble = Trouble::new(OnTrouble::Wait);
+        assert_eq!(trouble.observe(Instant(0), false, true), Some(Turn::Fail));
+        assert_eq!(trouble.observe(Instant(1), false, true), None);
+        assert_eq!(trouble.observe(Instant(2), true, false), Some(Turn::Serve));
     }
 
     #[test]
     fn who_waits_waits_for_ever() {
         let mut trouble = Trouble::new(OnTrouble::Wait);
-        assert_eq!(trouble.observe(Instant(0), false), None);
-        assert_eq!(trouble.observe(Instant(u64::MAX), false), None);
+        assert_eq!(trouble.observe(Instant(0), false, false), None);
+        assert_eq!(trouble.observe(Instant(u64::MAX), false, false), None);
         assert_eq!(trouble.next_deadline(), None);
     }
 }

@@ -9,14 +9,21 @@
 //!      | '------------------------------------------'                                     |
 //!      '------------------------------ every change was written again -------------------'
 //! ```
+//!
+//! One that cannot be written again (a full disk, an error) is tried again after a while, and all with it, for later ones may lie over it: until then the guest
+//! would read what it has long overwritten.
 
-use cirro_protocol::op::Status;
-use cirro_protocol::types::{REQUEST_BYTES_MAX, SECTOR_BYTES, SLOTS_MAX, Slot};
+use cirro_protocol::op::{Op, Status};
+use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::{SLOTS_MAX, Slot};
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::guest_memory::{GuestMemory, GuestRun};
 use crate::pending::Part;
 use crate::replay::{Entry, Life, Replay};
+
+/// How long after a change could not be written again all are tried anew.
+const RETRY_PAUSE: Nanos = Nanos::from_secs(1);
 
 /// Whether the guest's requests may be issued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +32,8 @@ enum Phase {
     Resting,
     /// The node is not known yet.
     Waiting,
-    /// Changes are written again: `next` is to be submitted next, `out` are in slots.
-    Writing { next: u64, out: u16 },
+    /// Changes are written again, from `not_before` on: `next` is to be submitted next, `out` are in slots. Whether one of this try failed.
+    Writing { next: u64, out: u16, failed: bool, not_before: Instant },
 }
 
 /// What a slot carries of this.
@@ -66,8 +73,8 @@ pub struct Unflushed {
     replay: Replay,
     phase: Phase,
     uses: Box<[Option<Use>]>,
-    /// A change could not be written again: no flush is believed until all were.
-    failed: bool,
+    /// A change could not be written again, and has not been since.
+    stuck: bool,
     own_flush_out: bool,
     own_flush_failed: bool,
     /// The volume was open for writing in this process.
@@ -82,7 +89,7 @@ impl Unflushed {
             replay,
             phase,
             uses: vec![None; SLOTS_MAX].into_boxed_slice(),
-            failed: false,
+            stuck: false,
             own_flush_out: false,
             own_flush_failed: false,
             opened: false,
@@ -115,11 +122,7 @@ impl Unflushed {
     pub fn keep(&mut self, memory: &GuestMemory, part: Part, runs: &[GuestRun], start: u32) -> bool {
         let Part { op, offset, len } = part;
         let entry = Entry { op, offset, len };
-        let has_room = self.replay.promise(entry);
-        if has_room {
-            self.replay.append(entry, |from, place| copy_out(memory, runs, start + from, &place));
-        }
-        has_room
+        self.replay.append(entry, |from, place| copy_out(memory, runs, start + from, &place))
     }
 
     /// The session is over, and the disk takes back what it issued: with something kept it goes on only after [`Unflushed::attached`].
@@ -135,41 +138,77 @@ impl Unflushed {
     pub fn attached(&mut self, node: Life) -> Verdict {
         (self.opened, self.own_flush_failed) = (true, false);
         let was = self.replay.life();
-        self.phase = Phase::Resting;
+        (self.phase, self.stuck) = (Phase::Resting, false);
         if self.replay.is_empty() {
-            self.failed = false;
             self.replay.set_life(node);
             return Verdict::GoOn;
         }
         // Our own release and new grant are one epoch; whoever was between them makes it two.
         if node.vol_epoch.wrapping_sub(was.vol_epoch) > 1 {
-            let bytes = self.replay.bytes_kept();
-            self.replay.drop_before(self.replay.head());
-            self.failed = false;
+            let bytes = self.discard();
             self.replay.set_life(node);
             return Verdict::Discarded(bytes);
         }
-        if was.incarnation == node.incarnation && !self.failed {
+        if was.incarnation == node.incarnation {
             self.replay.set_life(node);
             return Verdict::GoOn;
         }
-        self.failed = false;
-        let next = self.replay.first().map_or(self.replay.head(), |kept| kept.position);
-        self.phase = Phase::Writing { next, out: 0 };
+        self.begin_writing(Instant::default());
         Verdict::WriteAgain(self.replay.bytes_kept())
     }
 
+    /// Lets go of everything: somebody else had the volume. Gives how many bytes that was.
+    pub fn discard(&mut self) -> u64 {
+        let bytes = self.replay.bytes_kept();
+        self.replay.drop_before(self.replay.head());
+        (self.phase, self.stuck) = (Phase::Resting, false);
+        bytes
+    }
+
+    /// The volume can only be read: nothing can be written again, and nothing will be changed.
+    pub fn attached_to_read(&mut self) {
+        self.phase = Phase::Resting;
+    }
+
+    fn begin_writing(&mut self, not_before: Instant) {
+        let next = self.replay.first().map_or(self.replay.head(), |kept| kept.position);
+        self.phase = Phase::Writing { next, out: 0, failed: false, not_before };
+    }
+
+    /// The epoch that an earlier process was given and did not let go of.
+    pub fn held(&self) -> Option<u64> {
+        Some(self.replay.held()).filter(|epoch| *epoch != 0)
+    }
+
+    /// The epoch that is held now: known to the next process before anything is issued under it.
+    pub fn set_held(&mut self, epoch: Option<u64>) {
+        let epoch = epoch.unwrap_or(0);
+        if self.replay.held() != epoch {
+            self.replay.set_held(epoch);
+        }
+    }
+
     /// The next change to be written again.
-    pub fn next_change(&self) -> Option<Entry> {
+    pub fn next_change(&self, now: Instant) -> Option<Entry> {
         match self.phase {
-            Phase::Writing { next, .. } => self.replay.at(next).map(|kept| kept.entry),
-            Phase::Resting | Phase::Waiting => None,
+            Phase::Writing { next, not_before, .. } if not_before <= now => {
+                self.replay.at(next).map(|kept| kept.entry)
+            }
+            Phase::Writing { .. } | Phase::Resting | Phase::Waiting => None,
+        }
+    }
+
+    /// When changes are tried again, if they wait for that.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Writing { out: 0, not_before, .. } => Some(not_before),
+            Phase::Writing { .. } | Phase::Resting | Phase::Waiting => None,
         }
     }
 
     /// It is in `slot` now.
     pub fn submitted(&mut self, slot: Slot) {
-        let Phase::Writing { next, out } = &mut self.phase else { return };
+        let Phase::Writing { next, out, .. } = &mut self.phase else { return };
         if let Some(kept) = self.replay.at(*next) {
             self.uses[slot.index()] = Some(Use::Again { position: kept.position });
             (*next, *out) = (kept.end(), *out + 1);
@@ -208,46 +247,54 @@ impl Unflushed {
     }
 
     /// What `slot` carried has ended, at a node that is `node`.
-    pub fn done(&mut self, slot: Slot, status: Status, node: Option<Life>) -> Ended {
+    pub fn done(&mut self, now: Instant, slot: Slot, status: Status, node: Option<Life>) -> Ended {
         match self.uses[slot.index()].take() {
             None => Ended::Guest(status),
-            Some(Use::Flush { mark }) => Ended::Guest(self.flushed(mark, status)),
+            Some(Use::Flush { mark }) => {
+                self.flushed(mark, status);
+                Ended::Guest(status)
+            }
             Some(Use::OwnFlush { mark }) => {
-                self.own_flush_out = false;
-                self.own_flush_failed = self.flushed(mark, status) != Status::Ok;
+                self.flushed(mark, status);
+                (self.own_flush_out, self.own_flush_failed) = (false, status != Status::Ok);
                 Ended::Ours
             }
-            Some(Use::Again { .. }) => {
-                self.failed |= status != Status::Ok;
-                if let Phase::Writing { next, out } = &mut self.phase {
-                    *out -= 1;
-                    if *out == 0 && self.replay.at(*next).is_none() {
-                        self.phase = Phase::Resting;
-                        if let Some(node) = node.filter(|_| !self.failed) {
-                            self.replay.set_life(node);
-                        }
-                    }
-                }
+            Some(Use::Again { position }) => {
+                // A node that cannot discard (any more) leaves what a discard allows it to leave.
+                let is_discard = self.replay.at(position).is_some_and(|kept| kept.entry.op == Op::Discard);
+                let done = status == Status::Ok || (is_discard && status == Status::Unsupported);
+                self.written_again(now, done, node);
                 Ended::Ours
             }
         }
     }
 
-    /// A flush at `mark` ended; gives what it is worth.
-    fn flushed(&mut self, mark: u64, status: Status) -> Status {
-        if status != Status::Ok {
-            return status;
+    fn written_again(&mut self, now: Instant, done: bool, node: Option<Life>) {
+        let Phase::Writing { next, out, failed, .. } = &mut self.phase else { return };
+        (*out, *failed) = (*out - 1, *failed || !done);
+        self.stuck |= !done;
+        if *out > 0 || self.replay.at(*next).is_some() {
+            return;
         }
-        if self.failed {
-            return Status::Io;
+        if *failed {
+            return self.begin_writing(now + RETRY_PAUSE);
         }
-        self.replay.drop_before(mark);
-        Status::Ok
+        (self.phase, self.stuck) = (Phase::Resting, false);
+        if let Some(node) = node {
+            self.replay.set_life(node);
+        }
+    }
+
+    /// A flush at `mark` ended.
+    fn flushed(&mut self, mark: u64, status: Status) {
+        if status == Status::Ok {
+            self.replay.drop_before(mark);
+        }
     }
 
     /// True if a change could not be written again.
-    pub fn has_failed(&self) -> bool {
-        self.failed
+    pub fn is_stuck(&self) -> bool {
+        self.stuck
     }
 }
 
@@ -263,5 +310,3 @@ fn copy_out(memory: &GuestMemory, runs: &[GuestRun], from: u32, place: &Volatile
         done += len;
     }
 }
-
-const _: () = assert!(REQUEST_BYTES_MAX.is_multiple_of(SECTOR_BYTES));

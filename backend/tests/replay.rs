@@ -45,23 +45,18 @@ impl Bench {
         Bench { memory, copy, model: Vec::new(), count: 0 }
     }
 
-    fn append(&mut self, entry: Entry) {
-        let number = self.count;
-        self.model.push((entry, number, self.copy.head()));
-        self.copy.append(entry, |from, place| {
+    fn keep(&mut self, entry: Entry) -> bool {
+        let (number, position) = (self.count, self.copy.head());
+        let kept = self.copy.append(entry, |from, place| {
             let bytes: Vec<u8> =
                 (0..place.len() as u64).map(|at| byte(number, u64::from(from) + at)).collect();
             place.copy_from(&bytes);
         });
-        self.count += 1;
-    }
-
-    fn keep(&mut self, entry: Entry) -> bool {
-        let promised = self.copy.promise(entry);
-        if promised {
-            self.append(entry);
+        if kept {
+            self.model.push((entry, number, position));
+            self.count += 1;
         }
-        promised
+        kept
     }
 
     fn drop_before(&mut self, mark: u64) {
@@ -177,21 +172,28 @@ fn a_mark_of_before_never_drops_what_came_after_the_copy_was_empty() {
 }
 
 #[test]
-fn what_was_promised_has_its_place_and_a_full_copy_promises_nothing() {
+fn a_full_copy_takes_nothing_and_stays_as_it_was() {
     let mut bench = Bench::new();
     let big = write(0, MIB - 4096);
-    assert!(bench.copy.promise(big) && bench.copy.promise(big));
-    assert!(!bench.copy.promise(big), "a third one does not fit");
-    bench.copy.break_promise(big);
-    bench.append(big);
-    assert!(bench.copy.promise(big), "the place that was given back");
-    assert!(!bench.copy.promise(write(0, 16384)));
-    bench.append(big);
+    assert!(bench.keep(big) && bench.keep(big));
+    assert!(!bench.keep(big), "a third one does not fit");
+    assert!(!bench.keep(write(0, 16384)));
     bench.check();
     bench.drop_before(bench.copy.head());
-    assert!(bench.copy.promise(write(0, MIB)), "an empty copy takes the largest change");
-    bench.copy.break_promises();
-    assert!(!bench.copy.has_promised());
+    assert!(bench.keep(write(0, MIB)), "an empty copy takes the largest change");
+    bench.check();
+}
+
+#[test]
+fn the_epoch_held_outlives_the_process_and_not_the_boot() {
+    let mut bench = Bench::new();
+    bench.copy.set_held(7);
+    bench.die(CAPACITY_MIN);
+    assert_eq!(bench.copy.held(), 7, "with nothing kept");
+    assert!(bench.keep(write(0, 512)));
+    bench.die(CAPACITY_MIN);
+    assert_eq!(bench.copy.held(), 7);
+    assert_eq!(Replay::new(bench.memory.clone(), BOOT + 1, CAPACITY_MIN).held(), 0);
 }
 
 #[test]
@@ -235,8 +237,7 @@ fn any_words_are_a_copy_or_an_empty_one() {
             next = copy.at(kept.end());
         }
         copy.drop_before(copy.head());
-        assert!(copy.promise(write(0, 4096)), "seed {seed}: it can be used");
-        copy.append(write(0, 4096), |_, _| {});
+        assert!(copy.append(write(0, 4096), |_, _| {}), "seed {seed}: it can be used");
         assert!(!copy.is_empty());
     }
 }

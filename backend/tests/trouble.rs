@@ -75,6 +75,11 @@ fn the_copy_outlasts_the_failure() {
     ring.write(DATA + 8192, &pattern(2, 4096));
     ring.add(1, 64, DATA + 8192, 4096);
     assert_eq!(rig.wait_for(&mut ring, 1)[0].status, 1);
+    assert_eq!(
+        rig.one(&mut ring, (0, 0), DATA, 512).status,
+        1,
+        "what comes then fails too, though something is kept"
+    );
     rig.node.restart(true);
     rig.node.silent = false;
     rig.run(Nanos::from_secs(1));

@@ -73,6 +73,8 @@ pub(crate) struct Connected {
     /// After a refusal: when to try again.
     control_at: Option<Instant>,
     held: Option<Access>,
+    /// Nothing is to be issued.
+    pub(crate) barred: bool,
     info: VolumeInfo,
     first_ping: Option<Instant>,
     pings: u32,
@@ -101,6 +103,7 @@ impl Connected {
             control_sseq: 0,
             control_at: None,
             held: None,
+            barred: false,
             info: VolumeInfo::default(),
             first_ping: None,
             pings: 0,
@@ -329,8 +332,8 @@ impl Connected {
             return Some(self.transmit_probe(now, frame_bytes, head, payloads, stats));
         }
         // While RELEASE is on its way the epoch may end any moment: nothing is issued under it.
-        let open =
-            self.probe.is_none() && self.control.is_none() && self.held.is_some_and(|held| held >= wanted);
+        let settled = self.probe.is_none() && self.control.is_none() && !self.barred;
+        let open = settled && self.held.is_some_and(|held| held >= wanted);
         let control_due = self.control.is_some_and(|control| control.queued);
         if !(control_due || self.session.must_send(now) || (open && requests.has_work())) {
             return None;

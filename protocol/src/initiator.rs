@@ -135,6 +135,10 @@ pub struct Initiator {
     session_epoch: u64,
     wanted: Access,
     take_over: bool,
+    /// The epoch under which we may write, until we let go of it.
+    epoch: Option<u64>,
+    /// Somebody else had the volume since: nothing is issued before we have let go.
+    fenced: bool,
     /// Largest piece the path is thought to carry.
     piece_bytes_max: u32,
     requests: Requests,
@@ -154,6 +158,8 @@ impl Initiator {
             cid: Cid::new(config.cid_index, numbers.next() as u32),
             session_epoch: config.session_epoch,
             take_over: config.take_over,
+            epoch: None,
+            fenced: false,
             phase: Phase::Seeking { retry: Retry::starting(now), nonce },
             wanted: Access::ReadOnly,
             piece_bytes_max: u32::MAX,
@@ -165,9 +171,28 @@ impl Initiator {
         }
     }
 
-    /// Asks for this access: read-write when the guest's driver starts, read-only (which releases the volume) after it stopped.
+    /// Asks for this access: read-write when the guest's driver starts, read-only (which releases the volume) after it stopped. Whoever was fenced
+    /// may ask for it anew after that.
     pub fn set_access(&mut self, access: Access) {
         self.wanted = access;
+        if access == Access::ReadOnly {
+            (self.epoch, self.fenced) = (None, false);
+        }
+    }
+
+    /// Goes on under an epoch that an earlier process of the attachment was given and did not let go of.
+    pub fn resume(&mut self, vol_epoch: u64) {
+        self.epoch = Some(vol_epoch);
+    }
+
+    /// The epoch under which we may write, from when it was given until it is not wanted any more.
+    pub fn epoch(&self) -> Option<u64> {
+        self.epoch
+    }
+
+    /// True if somebody else had the volume while it was ours: every request is to be answered with an error.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced
     }
 
     /// Requests that can be submitted now; they may have to wait for the session.
@@ -454,7 +479,9 @@ impl Initiator {
         let (address, steer, volume) = (self.config.address, self.config.steer, self.config.volume);
         let (destination, to_steer, body) = match &mut self.phase {
             Phase::Connected(connected) => {
-                connected.drive_control(now, self.wanted, self.take_over);
+                connected.barred = self.fenced;
+                let wanted = if self.fenced { Access::ReadOnly } else { self.wanted };
+                connected.drive_control(now, wanted, self.take_over);
                 return connected.transmit(
                     now,
                     self.wanted,
@@ -487,9 +514,24 @@ impl Initiator {
     /// What happened, oldest first.
     pub fn poll_event(&mut self) -> Option<Event> {
         let event = self.events.pop_front()?;
-        if matches!(event, Event::Attached(_, Access::ReadWrite)) {
-            // Taken over or free: a fenced attachment never takes back by itself.
-            self.take_over = false;
+        match event {
+            Event::Attached(info, Access::ReadWrite) => {
+                let other = self.epoch.is_some_and(|epoch| epoch != info.vol_epoch) && !self.take_over;
+                if other {
+                    // It is free, and so it was given to us; but what our guest knows of it is another's past.
+                    self.fenced = true;
+                    return Some(Event::Refused(Status::Fenced, info));
+                }
+                // Given although it is not wanted any more: it will be let go of.
+                self.epoch = Some(info.vol_epoch).filter(|_| self.wanted == Access::ReadWrite);
+                self.take_over = false;
+            }
+            Event::Done { status: Status::Fenced, .. } => self.fenced = true,
+            Event::Attached(..)
+            | Event::Done { .. }
+            | Event::Refused(..)
+            | Event::Lost(_)
+            | Event::Changed(_) => {}
         }
         Some(event)
     }
@@ -513,6 +555,7 @@ impl Initiator {
         match &self.phase {
             Phase::Seeking { .. } => StateName::Seeking,
             Phase::Greeting { .. } => StateName::Greeting,
+            Phase::Connected(_) if self.fenced => StateName::Opening,
             Phase::Connected(connected) => connected.state(self.wanted),
         }
     }

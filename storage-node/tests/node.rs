@@ -136,9 +136,52 @@ fn a_second_attachment_is_refused_until_it_takes_over_and_fences_the_first() {
     assert_eq!(segment.epoch(rude), 2);
     let record = segment.keeper.record(&"v".parse().unwrap());
     assert_eq!((record.vol_epoch, record.holder), (2, Some(Uuid([3; 16]))));
-    assert_eq!(segment.ask(0, Op::Write, 0, vec![9; 512]).0, Status::Fenced);
-    assert_eq!(segment.ask(0, Op::Read, 0, vec![9; 512]).0, Status::Fenced);
+    let mut asked =
+        [segment.submit(0, Op::Write, 0, vec![9; 512]), segment.submit(0, Op::Read, 0, vec![9; 512])];
+    segment.run_until("both ended", |s| s.guests[0].done.len() == 2);
+    let mut ended = segment.guests[0].done.clone();
+    ended.sort_by_key(|done| done.0);
+    asked.sort();
+    assert_eq!(
+        ended.iter().map(|done| (done.0, done.1)).collect::<Vec<_>>(),
+        asked.map(|slot| (slot, Status::Fenced))
+    );
     assert_eq!(segment.ask(rude, Op::Read, 0, vec![9; 512]), (Status::Ok, vec![1; 512]));
+}
+
+/// P-81: it is free again, and still what the fenced one knows of it is another's past.
+#[test]
+fn a_fenced_attachment_gets_a_free_volume_only_after_it_has_let_go() {
+    for asks_meanwhile in [true, false] {
+        let mut segment = opened("");
+        let rude = segment.add_guest(2, ReadWrite, true);
+        segment.attach(rude, ReadWrite);
+        if asks_meanwhile {
+            assert_eq!(segment.ask(0, Op::Write, 0, vec![9; 512]).0, Status::Fenced);
+        }
+        assert_eq!(segment.ask(rude, Op::Write, 0, vec![2; 512]).0, Status::Ok);
+        segment.guests[rude].initiator.set_access(ReadOnly);
+        let name = "v".parse().unwrap();
+        segment.run_until("it was released", |s| s.keeper.record(&name).holder.is_none());
+        segment.run_for(Nanos::from_millis(5));
+        segment.restart_node();
+        let before = segment.guests[0].events.len();
+        segment.submit(0, Op::Write, 0, vec![9; 512]);
+        segment.run_for(Nanos::from_secs(2));
+        let events = &segment.guests[0].events[before..];
+        assert!(!events.iter().any(|e| matches!(e, Event::Attached(_, ReadWrite))), "{events:?}");
+        assert!(segment.guests[0].initiator.is_fenced());
+        assert_eq!(written(&segment, 0, 512), [2; 512], "asked meanwhile: {asks_meanwhile}");
+        assert_eq!(segment.keeper.record(&name).holder, None, "it does not keep others out either");
+        segment.guests[0].initiator.abandon(segment.now);
+        segment.guests[0].die();
+        segment.guests[0].initiator.set_access(ReadOnly);
+        segment.guests[0].initiator.set_access(ReadWrite);
+        let seen = segment.guests[0].events.len();
+        segment.run_until("a driver that starts anew has it", |s| {
+            s.guests[0].events[seen..].iter().any(|e| matches!(e, Event::Attached(_, ReadWrite)))
+        });
+    }
 }
 
 /// P-83

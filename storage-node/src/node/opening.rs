@@ -56,7 +56,7 @@ impl<S: Store> Node<S> {
             let front = served.openings.front_mut().filter(|front| front.stage == Stage::Keeping);
             let front = front.expect("a record is kept for the first of the openings");
             if kept {
-                (served.owner, served.refused) = (keeping.record, None);
+                served.owner = keeping.record;
                 front.stage = Stage::Draining { before: served.next_change };
                 self.advance_openings(now, volume);
             } else {
@@ -97,6 +97,7 @@ impl<S: Store> Node<S> {
             return Step::Answer(Status::Stale);
         };
         let attachment = session.attachment();
+        let told_busy = &mut session.told_busy;
         let served = &mut self.volumes[usize::from(volume)];
         let name = served.volume.name;
         let record = match opening.asked {
@@ -114,7 +115,7 @@ impl<S: Store> Node<S> {
                     }
                     Claim::Busy(holder) => {
                         let epoch = served.owner.vol_epoch;
-                        if served.refused.replace(attachment) != Some(attachment) {
+                        if !std::mem::replace(told_busy, true) {
                             warn!(
                                 "volume {name}: attachment {attachment} wants it, but {holder} holds it in epoch {epoch}"
                             );

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use cirro_ctl::counter::OpMeter;
 use cirro_protocol::op::Op;
 use cirro_protocol::time::Instant;
-use cirro_protocol::types::{Slot, Uuid};
+use cirro_protocol::types::Slot;
 use cirro_protocol::wire::body::OpenRequest;
 
 use super::jobs::JOBS_MAX;
@@ -64,8 +64,6 @@ pub(super) struct Served {
     /// One at a time, in order of arrival; at most one of each session.
     pub openings: VecDeque<Opening>,
     pub next_handle: u32,
-    /// Who was told last that another holds it: it asks again and again, and the log says so once.
-    pub refused: Option<Uuid>,
     /// Set by the first fdatasync that fails: nothing that was written before can be promised any more.
     pub flush_failed: Option<i32>,
     /// An fdatasync is under way. The kernel tells a failure to one of those that run together, so they run one after another.
@@ -109,7 +107,6 @@ impl Served {
             next_change: 1,
             openings: VecDeque::new(),
             next_handle: 1,
-            refused: None,
             flush_failed: None,
             flushing: false,
             flushes: VecDeque::new(),

@@ -46,6 +46,8 @@ pub(super) struct Session {
     /// Index of its volume.
     pub volume: u16,
     pub opened: Option<Opened>,
+    /// The log says that another holds its volume: it asks again and again.
+    pub told_busy: bool,
     pub buffers: Box<[SlotBuffer]>,
     /// Bytes of read buffers it occupies.
     pub read_bytes: usize,
@@ -121,6 +123,7 @@ impl Sessions {
             serial: self.serial,
             volume,
             opened: None,
+            told_busy: false,
             buffers: (0..=SLOTS_MAX).map(|_| SlotBuffer::None).collect(),
             read_bytes: 0,
             promised_bytes: config.credit_sectors as usize * 512,
