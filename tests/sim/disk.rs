@@ -269,8 +269,20 @@ impl Store for SimStore {
 pub(crate) struct Records {
     durable: BTreeMap<String, OwnerRecord>,
     waiting: Vec<(Instant, Keeping)>,
+    /// Volumes that were taken from one holder by another.
+    taken_over: Vec<String>,
     pub(crate) now: Instant,
     takes: u64,
+}
+
+impl Records {
+    fn put(&mut self, keeping: &Keeping) {
+        let name = keeping.volume.as_str().to_owned();
+        let before = self.durable.insert(name.clone(), keeping.record).and_then(|record| record.holder);
+        if before.is_some() && keeping.record.holder.is_some() && before != keeping.record.holder {
+            self.taken_over.push(name);
+        }
+    }
 }
 
 /// The keeper that the node drives.
@@ -292,9 +304,14 @@ impl SimKeeper {
         let mut records = self.lock();
         for (_, keeping) in std::mem::take(&mut records.waiting) {
             if rng.bool() {
-                records.durable.insert(keeping.volume.as_str().to_owned(), keeping.record);
+                records.put(&keeping);
             }
         }
+    }
+
+    /// Volumes that were taken over since the last time.
+    pub(crate) fn take_taken_over(&self) -> Vec<String> {
+        std::mem::take(&mut self.lock().taken_over)
     }
 
     /// How long the next records take.
@@ -320,7 +337,7 @@ impl Keeper for SimKeeper {
         let now = records.now;
         let place = records.waiting.iter().position(|(due, _)| *due <= now)?;
         let (_, keeping) = records.waiting.remove(place);
-        records.durable.insert(keeping.volume.as_str().to_owned(), keeping.record);
+        records.put(&keeping);
         Some((keeping, true))
     }
 }

@@ -102,14 +102,14 @@ fn plant(mutant: &Mutant, root: &Path, copy: &Path, without: &[String]) -> anyho
 
 fn build_and_run(copy: &Path, without: &[String]) -> anyhow::Result<Option<String>> {
     let built = Command::new("cargo")
-        .args(["build", "--quiet", "--profile", "sim", "-p", "cirro-tests", "--bin", "cirro-sim"])
+        .args(["build", "--quiet", "--profile", "checked", "-p", "cirro-tests", "--bin", "cirro-sim"])
         .current_dir(copy.join("tree"))
         .env("CARGO_TARGET_DIR", copy.join("target"))
         .env("RUSTFLAGS", "--cap-lints=warn")
         .stderr(Stdio::piped())
         .output()?;
     ensure!(built.status.success(), "it does not build:\n{}", String::from_utf8_lossy(&built.stderr));
-    let ran = Command::new(copy.join("target/sim/cirro-sim"))
+    let ran = Command::new(copy.join("target/checked/cirro-sim"))
         .args(["--from", "1", "--count", &SEEDS.to_string()])
         .args(without.iter().flat_map(|kind| ["--without", kind]))
         .stderr(Stdio::null())

@@ -54,10 +54,10 @@ pub(crate) struct Oracle {
     wild: BTreeMap<u64, Vec<Wild>>,
     /// When the last flush that was answered OK had been submitted.
     stable_before: u64,
-    /// What was written before it has lost its host, and with it the copy of what is not flushed.
+    /// Of what was written before it there is no copy any more.
     orphaned_before: u64,
-    /// When the storage machine lost power last.
-    power_lost_at: u64,
+    /// When the node ended last: what was not flushed before may be on its way to be written again, oldest first.
+    node_ended_at: u64,
 }
 
 /// What all judges of a run share.
@@ -178,17 +178,21 @@ impl Oracle {
         self.stable_before = self.stable_before.max(begun);
     }
 
-    /// The host lost power, with its guests and the copy of what they had not flushed.
+    /// Nobody will write again what was not flushed: its host lost power, or another took the volume over.
     pub(crate) fn lose_host(&mut self, now: u64) {
         self.orphaned_before = now;
-        // What the storage machine forgot before may not have been written again yet.
-        let power_lost_at = self.power_lost_at;
-        self.doubt(now, |begun| begun < power_lost_at);
+        // What the node may have forgotten was perhaps being written again: older changes are back then, and newer ones not yet.
+        let node_ended_at = self.node_ended_at;
+        self.doubt(now, |begun| begun < node_ended_at);
+    }
+
+    /// The node's process ended.
+    pub(crate) fn end_node(&mut self, now: u64) {
+        self.node_ended_at = now;
     }
 
     /// The storage machine lost power: what lost its host before, and was not flushed, may or may not be there.
     pub(crate) fn lose_power(&mut self, now: u64) {
-        self.power_lost_at = now;
         let orphaned_before = self.orphaned_before;
         self.doubt(now, |begun| begun < orphaned_before);
     }

@@ -296,8 +296,18 @@ impl World {
                 self.places[index].wake = None;
             }
         }
+        self.follow_take_overs();
         if index == 0 && self.machine.has_stopped() {
             self.kill(0, "after SIGTERM");
+        }
+    }
+
+    /// Whoever takes a volume over takes it as it is: what its last owner had not flushed is nobody's to write again.
+    fn follow_take_overs(&mut self) {
+        for name in self.machine.keeper.take_taken_over() {
+            let now = self.court.borrow_mut().tick();
+            let volume = (0..self.oracles.len()).find(|index| Machine::volume_name(*index).as_str() == name);
+            self.oracles[volume.expect("a volume of the run")].borrow_mut().lose_host(now);
         }
     }
 
@@ -339,7 +349,11 @@ impl World {
     pub(crate) fn kill(&mut self, index: usize, how: &str) {
         self.say(format_args!("process {index} dies {how}"));
         match World::who(index) {
-            Who::Node => self.machine.kill(&mut self.rng),
+            Who::Node => {
+                self.machine.kill(&mut self.rng);
+                let now = self.court.borrow_mut().tick();
+                self.oracles.iter().for_each(|oracle| oracle.borrow_mut().end_node(now));
+            }
             Who::Host(host) => self.hosts[host].kill(),
         }
         let back = self.now + Nanos::from_millis(*self.rng.choice(&[1, 20, 300, 3_000]).expect("some"));
