@@ -5,7 +5,7 @@
 MINUTES ?= 1
 FROM ?= 1
 COUNT ?= 1000
-SIM = $${CARGO_TARGET_DIR:-target}/sim/cirro-sim
+SIM = $${CARGO_TARGET_DIR:-target}/checked/cirro-sim
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -23,11 +23,11 @@ lint: ## Formatting, clippy and shellcheck; warnings are errors.
 	tests/lint.sh
 
 sim: ## Run the simulator: SEED=n repeats one run and tells of it, else COUNT=n runs from FROM=n.
-	cargo build --quiet --profile sim --locked -p cirro-tests --bin cirro-sim
+	cargo build --quiet --profile checked --locked -p cirro-tests --bin cirro-sim
 	$(SIM) $(if $(SEED),--seed $(SEED),--from $(FROM) --count $(COUNT)) $(if $(TRACE),--trace)
 
 mutants: ## Plant deliberate bugs in a copy and see the simulator find each (15 minutes).
-	cargo build --quiet --profile sim --locked -p cirro-tests --bin cirro-sim
+	cargo build --quiet --profile checked --locked -p cirro-tests --bin cirro-sim
 	$(SIM) --mutants
 
 fuzz: ## Run each fuzz target for MINUTES=1.

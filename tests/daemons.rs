@@ -48,9 +48,9 @@ pub fn binaries() -> &'static Path {
 /// Builds beside the program that runs, so that nothing is built twice that `cargo` has already.
 fn build() -> PathBuf {
     let here = std::env::current_exe().expect("a program has a path");
-    let profile = here.ancestors().find(|path| ["debug", "release"].iter().any(|name| path.ends_with(name)));
-    let target =
-        profile.and_then(Path::parent).expect("a test lies in target/debug or target/release").to_owned();
+    let profile =
+        here.ancestors().find(|path| ["debug", "release", "checked"].iter().any(|name| path.ends_with(name)));
+    let target = profile.and_then(Path::parent).expect("a test lies in a profile of target").to_owned();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the work tree");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root).args(["build", "--release", "--locked", "--quiet", "--bins"]);

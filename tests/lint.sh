@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 cargo fmt --all --check
 cargo fmt --manifest-path tests/fuzz/Cargo.toml --check -- --config-path rustfmt.toml
 echo "test lint::format ... ok"
-cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+cargo clippy --workspace --all-targets --profile checked --locked --quiet -- -D warnings
 echo "test lint::clippy ... ok"
 mapfile -t scripts < <(grep -rlE --include='*' '^#!/usr/bin/env bash|^# shellcheck shell=' \
     --exclude-dir={.git,target,.cache,corpus,artifacts} .)

@@ -18,15 +18,15 @@ export target release
 # shellcheck disable=SC2016 # the shell that runs a suite expands it
 suites=(
     'install|40|tests/install.sh'
-    'build|460|cargo build --workspace --release --locked --quiet && cargo test --workspace --no-run --locked --quiet && cargo test --release -p cirro-tests --no-run --locked --quiet && cargo test --profile sim -p cirro-tests --bin cirro-sim --no-run --locked --quiet && cargo build --profile sim -p cirro-tests --bin cirro-sim --locked --quiet'
-    'lint|50|tests/lint.sh'
-    'unit|140|cargo test --workspace --exclude cirro-tests --locked'
-    'tidy|10|cargo test --workspace --test tidy --locked'
-    'golden|10|cargo test --workspace --test golden --locked'
-    'dissector|15|cargo test --workspace --test dissector --locked'
+    'build|460|cargo build --workspace --release --locked --quiet && cargo test --workspace --profile checked --no-run --locked --quiet'
+    'lint|70|tests/lint.sh'
+    'unit|80|cargo test --workspace --exclude cirro-tests --profile checked --locked'
+    'tidy|10|cargo test --workspace --profile checked --test tidy --locked'
+    'golden|10|cargo test --workspace --profile checked --test golden --locked'
+    'dissector|15|cargo test --workspace --profile checked --test dissector --locked'
     'fuzz|110|tests/fuzz/run.sh build'
-    'sim|240|cargo test --profile sim -p cirro-tests --bin cirro-sim --locked && "$target/sim/cirro-sim" --from 1 --count 9000 && "$target/sim/cirro-sim" --random --count 1500'
-    'e2e|270|CIRRO_BIN_DIR=$release cargo test --release -p cirro-tests --lib --test e2e --locked -- --test-threads=1'
+    'sim|240|cargo test --workspace --profile checked --bin cirro-sim --locked && "$target/checked/cirro-sim" --from 1 --count 9000 && "$target/checked/cirro-sim" --random --count 1500'
+    'e2e|270|CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --lib --test e2e --locked -- --test-threads=1'
     'guest|65|for options in "" "--loss 1 --vcpus 4" "--mtu 1500"; do qemu/guest-test.sh --bin-dir "$release" $options || exit 1; done'
     'crash|85|qemu/crash-test.sh --bin-dir "$release" --kills 3 --mode write-back'
 )
