@@ -282,7 +282,11 @@ impl Disk {
                     log::info!("volume {}: open {access:?}, {} sectors", self.volume, info.capacity_sectors);
                     self.set_info(info);
                     match access {
-                        Access::ReadWrite => self.meet(),
+                        Access::ReadWrite => {
+                            self.meet();
+                            // Also who has stopped meanwhile keeps it, until what it had not flushed is written again.
+                            self.choose_access();
+                        }
                         Access::ReadOnly if self.limits.read_only => self.unflushed.attached_to_read(),
                         Access::ReadOnly => {}
                     }

@@ -16,6 +16,7 @@ use cirro_backend::mapped::Mapped;
 use cirro_backend::record::Record;
 use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
+use cirro_backend::trouble::OnTrouble;
 use cirro_backend::worker::Worker;
 use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::{Instant, Nanos};
@@ -41,6 +42,7 @@ pub(crate) struct DiskOptions {
     /// The guest asks for write-through.
     pub(crate) write_through: bool,
     pub(crate) take_over: bool,
+    pub(crate) on_trouble: OnTrouble,
 }
 
 /// Where a ring stands with the device.
@@ -199,7 +201,7 @@ impl Host {
                 ack_delay_max: Nanos::from_micros(50),
                 random_seed: self.seed ^ (disk.starts << 8) ^ index as u64,
             };
-            let disk = Disk::new(DiskConfig {
+            let made = Disk::new(DiskConfig {
                 volume: config.volume,
                 read_only: false,
                 queues: disk.rings.len() as u16,
@@ -207,10 +209,10 @@ impl Host {
                 attach: Arc::clone(&disk.attach),
                 record: disk.record.clone(),
                 replay: Replay::new(disk.unflushed.clone(), 0, REPLAY_BYTES),
-                on_trouble: Default::default(),
+                on_trouble: disk.options.on_trouble,
                 stats: Arc::new(DiskStats::default()),
             });
-            worker.add(DiskId(index as u16), disk);
+            worker.add(DiskId(index as u16), made);
         }
         self.process = Some(Process { worker, mailbox, asleep: false, kicked: false });
     }

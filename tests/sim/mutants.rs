@@ -32,21 +32,35 @@ struct Edit {
     new: String,
 }
 
+impl Edit {
+    fn apply(&self, source: &str) -> anyhow::Result<String> {
+        let places = source.matches(&self.old).count();
+        ensure!(places == 1, "its old text is {places} times in {}", self.file.display());
+        Ok(source.replace(&self.old, &self.new))
+    }
+}
+
+fn root() -> anyhow::Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in the workspace")
+}
+
+fn list() -> anyhow::Result<List> {
+    let text = std::fs::read_to_string(root()?.join("tests/sim/mutants.toml"))?;
+    Ok(toml::from_str(&text)?)
+}
+
 /// Runs every mutant whose name contains `only`; true if all were found.
 ///
 /// # Errors
 /// A copy cannot be made or built, or a mutant does not fit the source any more.
 pub(crate) fn run(only: &str, without: &[String]) -> anyhow::Result<bool> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in the workspace")?;
-    let text = std::fs::read_to_string(root.join("tests/sim/mutants.toml"))?;
-    let list: List = toml::from_str(&text)?;
+    let (root, list) = (root()?, list()?);
     let copy = root.join("target/mutants");
     copy_tree(root, &copy.join("tree"))?;
     let (mut found, mut count) = (0, 0);
     for mutant in list.mutant.iter().filter(|mutant| mutant.name.contains(only)) {
         count += 1;
-        let result =
-            plant(mutant, root, &copy, without).with_context(|| format!("mutant {:?}", mutant.name))?;
+        let result = plant(mutant, &copy, without).with_context(|| format!("mutant {:?}", mutant.name))?;
         found += u32::from(result.is_some());
         let what = result.unwrap_or_else(|| format!("NOT FOUND in {SEEDS} seeds"));
         println!("{}: {what}", mutant.name);
@@ -84,18 +98,18 @@ fn copy_tree(root: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first line about the seed that fails; `None` when none does.
-fn plant(mutant: &Mutant, root: &Path, copy: &Path, without: &[String]) -> anyhow::Result<Option<String>> {
+/// The first line about the seed that fails; `None` when none does. The tree is as it was afterwards.
+fn plant(mutant: &Mutant, copy: &Path, without: &[String]) -> anyhow::Result<Option<String>> {
     let tree = copy.join("tree");
+    let mut before = Vec::new();
     for edit in &mutant.edit {
         let source = std::fs::read_to_string(tree.join(&edit.file))?;
-        let places = source.matches(&edit.old).count();
-        ensure!(places == 1, "its old text is {places} times in {}", edit.file.display());
-        std::fs::write(tree.join(&edit.file), source.replace(&edit.old, &edit.new))?;
+        std::fs::write(tree.join(&edit.file), edit.apply(&source)?)?;
+        before.push((&edit.file, source));
     }
     let outcome = build_and_run(copy, without);
-    for edit in &mutant.edit {
-        std::fs::copy(root.join(&edit.file), tree.join(&edit.file))?;
+    for (file, source) in before.into_iter().rev() {
+        std::fs::write(tree.join(file), source)?;
     }
     outcome
 }
@@ -123,4 +137,19 @@ fn seed_of(line: &str) -> u64 {
     let digits: String =
         line.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mutant_fits_the_source() {
+        for mutant in list().unwrap().mutant {
+            for edit in &mutant.edit {
+                let source = std::fs::read_to_string(root().unwrap().join(&edit.file)).unwrap();
+                edit.apply(&source).unwrap_or_else(|e| panic!("{}: {e}", mutant.name));
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! Knows ranges and units; runs nothing. Called by `main`, and by named scenarios, which change what they are about.
 
+use cirro_backend::trouble::OnTrouble;
 use cirro_protocol::time::Nanos;
 use fastrand::Rng;
 
@@ -198,6 +199,10 @@ impl Options {
             requests: *rng.choice(&[30, 80, 150, 300]).expect("some"),
             write_through: rng.u8(0..8) == 0,
             take_over: false,
+            on_trouble: match rng.u8(0..8) {
+                0 => OnTrouble::EioAfter(Nanos::from_millis(rng.u64(50..2_000))),
+                _ => OnTrouble::Wait,
+            },
         };
         let mut of_hosts: Vec<Vec<DiskOptions>> = vec![Vec::new(); hosts];
         for volume in 0..volumes {
@@ -233,9 +238,10 @@ impl Options {
         Options { may: May::default(), replays: 0, forgeries: 0, ..Options::of(seed) }
     }
 
-    /// What an operator would have to be told of: errors in the log are expected then.
+    /// What an operator would have to be told of: errors in the log, and of requests, are expected then.
     pub(crate) fn has_operators_cause(&self) -> bool {
-        self.may.disk_errors + self.may.flush_errors > 0 || self.has_rivals()
+        let impatient = self.hosts.iter().flatten().any(|disk| disk.on_trouble != OnTrouble::Wait);
+        self.may.disk_errors + self.may.flush_errors > 0 || impatient || self.has_rivals()
     }
 
     /// Two disks of one volume.

@@ -202,14 +202,18 @@ impl Oracle {
         let stable_before = self.stable_before;
         for change in self.sectors.values_mut().flatten() {
             let doubted = change.ended > stable_before && (change.seen || at_risk(change.begun));
-            if doubted && change.begun > 0 {
+            // What is still in flight was not promised to anybody, and ends later.
+            if doubted && change.begun > 0 && change.ended != OPEN {
                 change.certain = false;
                 change.ended = now;
             }
         }
         for write in self.wild.values_mut().flatten() {
             if write.cured > stable_before && at_risk(write.begun) {
-                (write.ended, write.cured) = (now, OPEN);
+                write.cured = OPEN;
+                if write.ended != OPEN {
+                    write.ended = now;
+                }
             }
         }
     }
@@ -332,6 +336,16 @@ mod tests {
         oracle.lose_power(7);
         assert!(!read(&mut oracle, 0, 8, 9), "A was flushed");
         assert!(read(&mut oracle, A, 8, 9) && !read(&mut oracle, B, 10, 11));
+    }
+
+    #[test]
+    fn what_is_in_flight_when_a_host_is_lost_still_ends() {
+        let mut oracle = Oracle::default();
+        oracle.begin(7..8, A, 1);
+        oracle.lose_host(2);
+        write(&mut oracle, B, 3, 4);
+        oracle.end(7..8, 1, 5, true, &Court::default());
+        assert!(read(&mut oracle, A, 6, 7) && !read(&mut oracle, B, 8, 9));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Named scenarios: what was found once, and what must never be found. Each is a script over a quiet run, so that it stays what it is when the generator of runs
 //! changes.
 
+use cirro_backend::trouble::OnTrouble;
 use cirro_protocol::time::Nanos;
 
+use crate::disk::DiskTrouble;
 use crate::guest::RingOptions;
 use crate::host::DiskOptions;
 use crate::options::{May, Options};
@@ -34,6 +36,7 @@ fn plain(seed: u64) -> Options {
         requests: 400,
         write_through: false,
         take_over: false,
+        on_trouble: OnTrouble::Wait,
     };
     Options {
         mtu: 9000,
@@ -148,6 +151,85 @@ fn a_backend_killed_before_it_could_write_again_leaves_that_to_the_next() {
             world.cut_power();
             world.kill(1, "by the script");
             world.run_for(millis(3_400));
+        }
+    });
+}
+
+/// P-89: what cannot be written again is tried again, and meanwhile the guest reads nothing that it has overwritten.
+#[test]
+fn a_disk_that_is_full_when_it_is_written_again_keeps_the_guest_waiting() {
+    let options = |seed| {
+        let mut options = plain(seed);
+        // Errors are for the operator.
+        options.may.disk_errors = 1;
+        options.change_every = Nanos::from_secs(1_000);
+        options
+    };
+    play(options, |world| {
+        for _ in 0..4 {
+            world.run_for(millis(12));
+            world.cut_power();
+            world.trouble_disks(&DiskTrouble { no_space: 600_000, ..DiskTrouble::default() });
+            world.run_for(millis(3_400));
+            world.trouble_disks(&DiskTrouble::default());
+            world.run_for(millis(1_200));
+        }
+    });
+}
+
+/// Kills the backend, and stops the next one before, in and after each step of its way to the volume: handshake, OPEN to look, OPEN to write.
+fn stop_on_the_way_to_the_volume(world: &mut World, trouble: impl Fn(&mut World)) {
+    for step in 0..10 {
+        world.run_for(millis(12));
+        trouble(world);
+        world.kill(1, "by the script");
+        for path in [(0, 1), (1, 0)] {
+            world.set_weather(path, Weather { delay: millis(4), ..Weather::default() });
+        }
+        while !world.is_up(1) {
+            world.run_for(millis(1));
+        }
+        world.run_for(millis(14 + 4 * step));
+        world.stop_host(0);
+        world.run_for(millis(100));
+        world.kill(1, "after its stop");
+        for path in [(0, 1), (1, 0)] {
+            world.set_weather(path, Weather::default());
+        }
+        world.run_for(millis(3_100));
+    }
+}
+
+/// P-83 P-89: a disk that stops while it meets a node that has forgotten does not give the volume back before all is written again.
+#[test]
+fn a_stop_on_the_way_to_a_node_that_forgot_gives_back_nothing_too_early() {
+    play(plain, |world| stop_on_the_way_to_the_volume(world, World::cut_power));
+}
+
+/// P-81 P-83: OPEN that is answered after a stop, and so let go of again, is not taken later for a volume that another had.
+#[test]
+fn an_open_that_meets_a_stop_does_not_fence() {
+    let options = |seed| Options { write_through: true, ..plain(seed) };
+    play(options, |world| stop_on_the_way_to_the_volume(world, |_| {}));
+}
+
+/// `--on-trouble eio-after`: requests fail while the volume is away, and what was promised before is there when it is back.
+#[test]
+fn a_disk_that_does_not_wait_loses_nothing_that_it_promised() {
+    let options = |seed| {
+        let mut options = plain(seed);
+        options.hosts[0][0].on_trouble = OnTrouble::EioAfter(millis(300));
+        options.hosts[0][0].requests = 4_000;
+        options
+    };
+    play(options, |world| {
+        for _ in 0..4 {
+            world.run_for(millis(12));
+            world.cut_power();
+            world.set_weather((0, 1), CUT());
+            world.run_for(millis(900));
+            world.set_weather((0, 1), Weather::default());
+            world.run_for(millis(600));
         }
     });
 }

@@ -398,7 +398,7 @@ impl World {
         }
     }
 
-    fn trouble_disks(&mut self, trouble: &DiskTrouble) {
+    pub(crate) fn trouble_disks(&mut self, trouble: &DiskTrouble) {
         self.machine.kernel.borrow_mut().images.iter_mut().for_each(|image| image.trouble = trouble.clone());
     }
 
@@ -553,6 +553,12 @@ impl World {
                 .borrow_mut()
                 .violation(format!("the node counts {} broken rules", self.machine.violations()));
         }
+        let failed = self.court.borrow().failed_requests;
+        if failed > 0 && !self.errors_expected {
+            self.court
+                .borrow_mut()
+                .violation(format!("{failed} requests failed without an operator's cause"));
+        }
         if let Some(error) = logger::first_error().filter(|_| !self.errors_expected) {
             self.court
                 .borrow_mut()
@@ -571,6 +577,22 @@ impl World {
     #[cfg(test)]
     pub(crate) fn reset_rings(&mut self, host: usize, anew: bool) {
         self.hosts[host].restart_rings(0, anew);
+        self.hosts[host].ring_bell();
+    }
+
+    /// True if a process runs.
+    #[cfg(test)]
+    pub(crate) fn is_up(&self, index: usize) -> bool {
+        match World::who(index) {
+            Who::Node => self.machine.is_up(),
+            Who::Host(host) => self.hosts[host].is_up(),
+        }
+    }
+
+    /// SIGTERM of a backend.
+    #[cfg(test)]
+    pub(crate) fn stop_host(&mut self, host: usize) {
+        self.hosts[host].stop();
         self.hosts[host].ring_bell();
     }
 
