@@ -1,5 +1,5 @@
 //! End-to-end tests: the real daemons on a real (veth) wire, driven by a front-end that others wrote. Run as root, one at a time:
-//! `cargo test --release -p cirro-tests --test e2e -- --test-threads=1`.
+//! `cargo test --profile checked -p cirro-tests --test e2e -- --test-threads=1`.
 //!
 //! Knows nothing of the daemons' insides. What a failed test shows are the daemons' own logs.
 
@@ -16,3 +16,4 @@ mod sharing;
 mod soak;
 mod storage;
 mod tap;
+mod trouble;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cirro_node::owner::{Keeper, Keeping, OwnerRecord};
 use cirro_node::store::{Completion, FileId, Request, STORE_REQUESTS_MAX, Store, StoreError, StoreOp};
 use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::Uuid;
 use cirro_protocol::types::VolumeName;
 use fastrand::Rng;
 
@@ -269,8 +270,8 @@ impl Store for SimStore {
 pub(crate) struct Records {
     durable: BTreeMap<String, OwnerRecord>,
     waiting: Vec<(Instant, Keeping)>,
-    /// Volumes that were taken from one holder by another.
-    taken_over: Vec<String>,
+    /// Who had a volume before and who has it now, since the last look.
+    changes: Vec<(String, Option<Uuid>, Option<Uuid>)>,
     pub(crate) now: Instant,
     takes: u64,
 }
@@ -279,8 +280,8 @@ impl Records {
     fn put(&mut self, keeping: &Keeping) {
         let name = keeping.volume.as_str().to_owned();
         let before = self.durable.insert(name.clone(), keeping.record).and_then(|record| record.holder);
-        if before.is_some() && keeping.record.holder.is_some() && before != keeping.record.holder {
-            self.taken_over.push(name);
+        if before != keeping.record.holder {
+            self.changes.push((name, before, keeping.record.holder));
         }
     }
 }
@@ -309,9 +310,9 @@ impl SimKeeper {
         }
     }
 
-    /// Volumes that were taken over since the last time.
-    pub(crate) fn take_taken_over(&self) -> Vec<String> {
-        std::mem::take(&mut self.lock().taken_over)
+    /// Which volumes have another holder since the last time: volume, who had it, who has it.
+    pub(crate) fn take_changes(&self) -> Vec<(String, Option<Uuid>, Option<Uuid>)> {
+        std::mem::take(&mut self.lock().changes)
     }
 
     /// How long the next records take.

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use cirro_backend::guest_memory::Regions;
+use cirro_protocol::types::Uuid;
 use fastrand::Rng;
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_queue::QueueState;
@@ -89,6 +90,7 @@ pub(crate) type Meddled = Rc<RefCell<BTreeMap<u64, (Regions, u64, u32)>>>;
 /// One ring.
 pub(crate) struct Ring {
     memory: Regions,
+    attachment: Uuid,
     base: u64,
     options: RingOptions,
     next_avail: u16,
@@ -109,6 +111,7 @@ pub(crate) struct Ring {
 /// What a ring belongs to.
 pub(crate) struct Belongings {
     pub(crate) memory: Regions,
+    pub(crate) attachment: Uuid,
     pub(crate) oracle: Rc<RefCell<Oracle>>,
     pub(crate) court: Shared,
     pub(crate) meddled: Meddled,
@@ -120,6 +123,7 @@ impl Ring {
         let call = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
         let mut ring = Ring {
             memory: of.memory.clone(),
+            attachment: of.attachment,
             base: index * RING_BYTES,
             next_avail: 0,
             kicked: 0,
@@ -273,6 +277,12 @@ impl Ring {
 
     fn end_in_oracle(&self, ended: &Outstanding, now: u64, ok: bool) {
         let mut oracle = self.oracle.borrow_mut();
+        if ok
+            && matches!(ended.kind, Kind::Write | Kind::Zeroes | Kind::Discard)
+            && let Err(what) = oracle.judge_writer(self.attachment, ended.begun)
+        {
+            self.court.borrow_mut().violation(what);
+        }
         match ended.kind {
             Kind::Read => self.court.borrow_mut().end_read(ended.begun),
             // A discard leaves what was there, or zeroes.

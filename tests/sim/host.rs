@@ -123,11 +123,13 @@ pub(crate) struct HostParts {
 impl Host {
     pub(crate) fn new(parts: HostParts) -> Host {
         let meddled = Meddled::default();
+        let attachment = |disk: usize| Uuid([(parts.number as u8 + 1) * 16 + disk as u8; 16]);
         let disks = parts.disks.iter().enumerate().map(|(index, options)| {
             let bytes = (RING_BYTES * options.rings.len() as u64) as usize;
             let memory = Regions::from_ranges(&[(GuestAddress(0), bytes)]).expect("memory for a guest");
             let belongings = Belongings {
                 memory: memory.clone(),
+                attachment: attachment(index),
                 oracle: Rc::clone(&parts.oracles[options.volume]),
                 court: Rc::clone(&parts.court),
                 meddled: Rc::clone(&meddled),
@@ -140,7 +142,7 @@ impl Host {
                 next_look: Instant::default(),
             };
             GuestDisk {
-                attachment: Uuid([(parts.number as u8 + 1) * 16 + index as u8; 16]),
+                attachment: attachment(index),
                 starts: 0,
                 rings: options.rings.iter().enumerate().map(ring).collect(),
                 memory,

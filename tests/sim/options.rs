@@ -209,7 +209,7 @@ impl Options {
             of_hosts[volume % hosts].push(disk(rng, volume));
         }
         // Two hosts fight for a volume now and then.
-        if hosts == 2 && rng.u8(0..6) == 0 {
+        if hosts == 2 && rng.u8(0..3) == 0 {
             let rival = DiskOptions { take_over: rng.bool(), ..disk(rng, 0) };
             of_hosts[1].push(rival);
         }

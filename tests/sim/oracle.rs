@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
+use cirro_protocol::types::Uuid;
+
 use crate::disk::SECTOR;
 
 /// Not ended yet.
@@ -56,6 +58,8 @@ pub(crate) struct Oracle {
     stable_before: u64,
     /// Of what was written before it there is no copy any more.
     orphaned_before: u64,
+    /// Who may write, since when.
+    owner: Option<(Uuid, u64)>,
     /// When the node ended last: what was not flushed before may be on its way to be written again, oldest first.
     node_ended_at: u64,
 }
@@ -184,6 +188,21 @@ impl Oracle {
         // What the node may have forgotten was perhaps being written again: older changes are back then, and newer ones not yet.
         let node_ended_at = self.node_ended_at;
         self.doubt(now, |begun| begun < node_ended_at);
+    }
+
+    /// The node has made it durable who may write from now on.
+    pub(crate) fn set_owner(&mut self, owner: Option<Uuid>, now: u64) {
+        self.owner = owner.map(|owner| (owner, now));
+    }
+
+    /// Judges a change of this attachment that was answered OK: another was the owner all the while, or not.
+    pub(crate) fn judge_writer(&self, attachment: Uuid, begun: u64) -> Result<(), String> {
+        match self.owner {
+            Some((owner, since)) if owner != attachment && begun > since => {
+                Err(format!("{attachment} wrote at {begun}, but {owner} owns it since {since}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The node's process ended.

@@ -296,18 +296,22 @@ impl World {
                 self.places[index].wake = None;
             }
         }
-        self.follow_take_overs();
+        self.follow_owners();
         if index == 0 && self.machine.has_stopped() {
             self.kill(0, "after SIGTERM");
         }
     }
 
     /// Whoever takes a volume over takes it as it is: what its last owner had not flushed is nobody's to write again.
-    fn follow_take_overs(&mut self) {
-        for name in self.machine.keeper.take_taken_over() {
+    fn follow_owners(&mut self) {
+        for (name, before, after) in self.machine.keeper.take_changes() {
             let now = self.court.borrow_mut().tick();
             let volume = (0..self.oracles.len()).find(|index| Machine::volume_name(*index).as_str() == name);
-            self.oracles[volume.expect("a volume of the run")].borrow_mut().lose_host(now);
+            let mut oracle = self.oracles[volume.expect("a volume of the run")].borrow_mut();
+            oracle.set_owner(after, now);
+            if before.is_some() && after.is_some() {
+                oracle.lose_host(now);
+            }
         }
     }
 
