@@ -152,14 +152,13 @@ pub fn why(refusal: Option<Status>, cause: Option<LossCause>) -> String {
         }
         (Some(Status::Fenced), _) => "another attachment took the volume over".to_owned(),
         (Some(status), _) => format!("the node answered {status:?}"),
-        (None, None) => "no node has answered yet".to_owned(),
-        (None, Some(LossCause::Dead)) => "the node does not answer".to_owned(),
+        (None, None) => "no node has answered so far".to_owned(),
+        (None, Some(LossCause::Dead | LossCause::Abandoned)) => "the node does not answer".to_owned(),
         (None, Some(LossCause::Reset | LossCause::Closed(CloseReason::Restart))) => {
             "the node has restarted".to_owned()
         }
         (None, Some(LossCause::Closed(reason))) => format!("the node closed the session ({reason:?})"),
         (None, Some(LossCause::NarrowPath | LossCause::WiderPath)) => "the path has changed".to_owned(),
-        (None, Some(LossCause::Abandoned)) => "the session was given up".to_owned(),
     }
 }
 

@@ -15,7 +15,7 @@ use cirro_tests::verify::{Mix, Size, Verifier};
 use crate::rig::{connect, judge, must, volume};
 
 const BYTES: u64 = 64 << 20;
-const SHAPE: Shape = Shape { queues: 1, depth: 8, bytes_max: 64 << 10, poll: false };
+const SHAPE: Shape = Shape { queues: 1, depth: 8, bytes_max: 128 << 10, poll: false };
 /// When requests of the impatient disk fail.
 const EIO_AFTER: Duration = Duration::from_secs(1);
 /// How long the node stays away.
@@ -50,7 +50,9 @@ fn time_to_error(scratch: &Scratch) -> Duration {
 #[test]
 fn without_a_node_one_disk_waits_and_the_other_fails_after_its_time() {
     let (lab, scratch) = (Lab::pair(9000), Scratch::new());
-    ["waits", "fails"].map(|name| scratch.volume(&format!("{name}.img"), BYTES));
+    for name in ["waits", "fails"] {
+        scratch.volume(&format!("{name}.img"), BYTES);
+    }
     let old = node(&lab, &scratch);
     let backend = backend(&lab, &scratch);
     let mut patient = Verifier::new(BYTES, 51);
@@ -75,8 +77,9 @@ fn without_a_node_one_disk_waits_and_the_other_fails_after_its_time() {
         let second = time_to_error(&scratch);
         assert!(second < Duration::from_millis(300), "the next error came after {second:?}");
         println!("requests fail {first:?} after the node is gone, and then after {second:?}");
+        // By now the session of the one that waits has been given up.
+        std::thread::sleep((AWAY - Duration::from_millis(300)).saturating_sub(gone.elapsed()));
         see(&backend);
-        std::thread::sleep(AWAY.saturating_sub(gone.elapsed()));
         let new = node(&lab, &scratch);
         let outcome = guest.join().expect("the patient disk is right");
         assert!(outcome.worst() > AWAY / 2, "it did not wait: {}", outcome.line());

@@ -168,6 +168,11 @@ impl Host {
         }
     }
 
+    /// True if this is the attachment of a disk that may take its volume from another.
+    pub(crate) fn may_take_over(&self, attachment: Uuid) -> bool {
+        self.disks.iter().any(|disk| disk.attachment == attachment && disk.options.take_over)
+    }
+
     pub(crate) fn is_up(&self) -> bool {
         self.process.is_some()
     }

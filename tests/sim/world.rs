@@ -309,8 +309,13 @@ impl World {
             let volume = (0..self.oracles.len()).find(|index| Machine::volume_name(*index).as_str() == name);
             let mut oracle = self.oracles[volume.expect("a volume of the run")].borrow_mut();
             oracle.set_owner(after, now);
-            if before.is_some() && after.is_some() {
+            if let (Some(before), Some(after)) = (before, after) {
                 oracle.lose_host(now);
+                if !self.hosts.iter().any(|host| host.may_take_over(after)) {
+                    self.court
+                        .borrow_mut()
+                        .violation(format!("{name} went from {before} to {after}, who may not take it"));
+                }
             }
         }
     }
