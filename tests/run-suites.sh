@@ -18,9 +18,9 @@ export target release
 # shellcheck disable=SC2016 # the shell that runs a suite expands it
 suites=(
     'install|40|tests/install.sh'
-    'build|460|cargo build --workspace --release --locked --quiet && cargo test --workspace --profile checked --no-run --locked --quiet'
-    'lint|70|tests/lint.sh'
-    'unit|80|cargo test --workspace --exclude cirro-tests --profile checked --locked'
+    'build|380|cargo build --workspace --release --locked --quiet && cargo test --workspace --profile checked --no-run --locked --quiet'
+    'lint|50|tests/lint.sh'
+    'unit|140|cargo test --workspace --exclude cirro-tests --profile checked --locked'
     'tidy|10|cargo test --workspace --profile checked --test tidy --locked'
     'golden|10|cargo test --workspace --profile checked --test golden --locked'
     'dissector|15|cargo test --workspace --profile checked --test dissector --locked'

@@ -16,6 +16,8 @@ const SMALL_BYTES: u64 = 64 << 20;
 const SHAPE: Shape = Shape { queues: 1, depth: 8, bytes_max: 128 << 10, poll: false };
 /// Runs of each kind whose median counts.
 const ROUNDS: usize = 5;
+/// How often a frame's cost is measured, alone and beside others in turn.
+const COST_ROUNDS: usize = 8;
 /// Idle sessions beside the busy one.
 const IDLE: usize = 64;
 
@@ -93,14 +95,16 @@ fn sixty_four_idle_sessions_do_not_make_a_busy_one_dearer() {
     let mut node = Launch::new("node").node(lab.store(), &scratch, &volumes);
     let busy = Launch::new("busy").backend(lab.host(), &scratch, "busy");
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..COST_ROUNDS {
         alone.push(node_cost(&node, &scratch));
         let idle = start_idle(&lab, &scratch);
         node.wait_until("had a session with every disk", |node| node.node_report().sessions.len() > IDLE);
         beside.push(node_cost(&node, &scratch));
         idle.stop();
     }
-    let (one, many) = (median(&alone), median(&beside));
+    // What else happens on the machine only adds.
+    let least = |costs: &[f64]| costs.iter().copied().fold(f64::INFINITY, f64::min);
+    let (one, many) = (least(&alone), least(&beside));
     println!(
         "node time per frame: {one:.0} ns alone {alone:.0?}, {many:.0} ns beside {IDLE} idle sessions {beside:.0?}"
     );
