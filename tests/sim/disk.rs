@@ -38,8 +38,12 @@ pub(crate) struct Image {
     pub(crate) live: Vec<u8>,
     /// As they are after a power cut, but for what the disk happened to have written.
     pub(crate) durable: Vec<u8>,
-    /// Sectors that differ, or may.
-    dirty: BTreeMap<u64, ()>,
+    /// Sectors that differ, or may, with the number of their last change.
+    dirty: BTreeMap<u64, u64>,
+    /// Changes of sectors so far.
+    puts: u64,
+    /// Which change of a sector is the durable one.
+    stable_puts: BTreeMap<u64, u64>,
     pub(crate) write_through: bool,
     pub(crate) trouble: DiskTrouble,
 }
@@ -50,6 +54,8 @@ impl Image {
             live: vec![0; bytes],
             durable: vec![0; bytes],
             dirty: BTreeMap::new(),
+            puts: 0,
+            stable_puts: BTreeMap::new(),
             write_through,
             trouble: DiskTrouble::default(),
         }
@@ -58,12 +64,14 @@ impl Image {
     fn put(&mut self, offset: usize, bytes: &[u8]) {
         self.live[offset..offset + bytes.len()].copy_from_slice(bytes);
         for sector in offset / SECTOR..(offset + bytes.len()).div_ceil(SECTOR) {
-            self.dirty.insert(sector as u64, ());
+            self.puts += 1;
+            self.dirty.insert(sector as u64, self.puts);
         }
     }
 
-    fn sectors_to_flush(&self) -> Vec<(u64, [u8; SECTOR])> {
-        self.dirty.keys().map(|sector| (*sector, self.sector(*sector))).collect()
+    fn sectors_to_flush(&self) -> Vec<Flushed> {
+        let flushed = |(sector, put): (&u64, &u64)| (*sector, *put, self.sector(*sector));
+        self.dirty.iter().map(flushed).collect()
     }
 
     fn sector(&self, sector: u64) -> [u8; SECTOR] {
@@ -71,11 +79,16 @@ impl Image {
         self.live[at..at + SECTOR].try_into().expect("a sector")
     }
 
-    fn make_stable(&mut self, sectors: &[(u64, [u8; SECTOR])]) {
-        for (sector, bytes) in sectors {
+    /// What is stable already and newer stays: a flush that takes long does not bring back what it saw at its start.
+    fn make_stable(&mut self, sectors: &[Flushed]) {
+        for (sector, put, bytes) in sectors {
             let at = *sector as usize * SECTOR;
-            self.durable[at..at + SECTOR].copy_from_slice(bytes);
-            if self.live[at..at + SECTOR] == *bytes {
+            let newest = self.stable_puts.entry(*sector).or_default();
+            if *put > *newest {
+                *newest = *put;
+                self.durable[at..at + SECTOR].copy_from_slice(bytes);
+            }
+            if self.dirty.get(sector) == Some(put) {
                 self.dirty.remove(sector);
             }
         }
@@ -94,6 +107,9 @@ impl Image {
     }
 }
 
+/// A sector with the number of its last change and its bytes.
+type Flushed = (u64, u64, [u8; SECTOR]);
+
 /// A request in the kernel.
 #[derive(Debug)]
 struct Busy {
@@ -103,7 +119,7 @@ struct Busy {
     image: usize,
     request: Request,
     /// What a flush will make stable: the contents at its start.
-    stable: Vec<(u64, [u8; SECTOR])>,
+    stable: Vec<Flushed>,
     errno: Option<i32>,
 }
 
@@ -198,7 +214,7 @@ impl Kernel {
             if op == StoreOp::Flush {
                 // What a kernel does: the pages count as clean from now on, and were never written.
                 let image = &mut self.images[busy.image];
-                image.dirty.retain(|sector, ()| busy.stable.iter().all(|(flushed, _)| flushed != sector));
+                image.dirty.retain(|sector, _| busy.stable.iter().all(|(flushed, ..)| flushed != sector));
             }
             let error =
                 StoreError::Failed { op, offset: busy.request.offset, len: busy.request.len, done: 0, errno };
@@ -216,7 +232,7 @@ impl Kernel {
         }
         if image.write_through && !matches!(op, StoreOp::Read | StoreOp::Flush) {
             let sectors: Vec<_> = (offset / SECTOR..(offset + len) / SECTOR)
-                .map(|sector| (sector as u64, image.sector(sector as u64)))
+                .map(|sector| (sector as u64, image.dirty[&(sector as u64)], image.sector(sector as u64)))
                 .collect();
             image.make_stable(&sectors);
         }
