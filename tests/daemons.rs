@@ -3,6 +3,7 @@
 //! Knows command lines and control sockets, and `qemu-storage-daemon` as a back-end that others wrote. Used by every end-to-end test and the benchmark.
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -390,9 +391,22 @@ impl<'a> Launch<'a> {
         daemon
     }
 
-    /// Starts a backend as its arguments (a configuration file, say) tell it, and waits until every volume is known.
-    pub fn backends(self, machine: &Machine, scratch: &Scratch) -> Daemon {
-        let mut daemon = self.start("cirro-backend", machine, scratch);
+    /// Starts one backend for several disks, each a volume on the socket `VOLUME.sock` and further lines of its configuration, and waits until all volumes are
+    /// known.
+    pub fn backends(self, machine: &Machine, scratch: &Scratch, disks: &[(&str, &str)]) -> Daemon {
+        let mut file = String::new();
+        for (name, more) in disks {
+            let socket = scratch.path(&format!("{name}.sock"));
+            let _ = writeln!(
+                file,
+                "[[disk]]\nvolume = \"{name}\"\nsocket-path = \"{}\"\n{more}",
+                socket.display()
+            );
+        }
+        let path = scratch.path(&format!("{}.toml", self.name));
+        std::fs::write(&path, file).expect("a file can be written");
+        let launch = self.with(&["--config", &path.to_string_lossy()]);
+        let mut daemon = launch.start("cirro-backend", machine, scratch);
         daemon.wait_until("offered its disks", knows_its_volumes);
         daemon
     }

@@ -2,10 +2,9 @@
 //!
 //! A killed backend needs a VMM that connects again, which the front-end here cannot: `qemu/crash-test.sh` kills that one.
 
-use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use cirro_tests::daemons::{Daemon, Launch};
+use cirro_tests::daemons::Launch;
 use cirro_tests::frontend::{Op, Shape};
 use cirro_tests::load::Load;
 use cirro_tests::verify::{Mix, Size, Verifier};
@@ -57,24 +56,12 @@ fn a_node_restarted_under_load_is_a_pause_of_less_than_100_ms_once_it_is_up() {
     rig.stop();
 }
 
-/// A backend process with the disks `gone` and `stays`.
-fn two_disks(rig: &Rig) -> Daemon {
-    let mut file = String::new();
-    for name in ["gone", "stays"] {
-        let socket = rig.scratch.path(&format!("{name}.sock"));
-        let _ = writeln!(file, "[[disk]]\nvolume = \"{name}\"\nsocket-path = \"{}\"", socket.display());
-    }
-    let path = rig.scratch.path("two.toml");
-    std::fs::write(&path, file).expect("a file can be written");
-    Launch::new("two").with(&["--config", &path.to_string_lossy()]).backends(rig.lab.host(), &rig.scratch)
-}
-
 #[test]
 fn a_vmm_that_shrinks_its_memory_file_does_not_take_other_disks_down() {
     let rig = Rig::new(9000);
     let volumes = ["gone", "stays"].map(|name| volume(name, &rig.scratch.volume(name, 64 << 20)));
     let second = Launch::new("second").node(rig.lab.store(), &rig.scratch, &volumes);
-    let backend = two_disks(&rig);
+    let backend = Launch::new("two").backends(rig.lab.host(), &rig.scratch, &[("gone", ""), ("stays", "")]);
     std::thread::scope(|scope| {
         let other = scope.spawn(|| {
             let mut verifier = Verifier::new(64 << 20, 32);

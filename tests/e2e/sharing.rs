@@ -1,6 +1,5 @@
 //! Several daemons, several sessions, one wire: that they do not disturb each other, and what they cost each other.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use cirro_tests::daemons::{Daemon, Launch, Scratch};
@@ -75,14 +74,9 @@ fn node_cost(node: &Daemon, scratch: &Scratch) -> f64 {
 
 /// Starts one backend process with a disk for each idle volume.
 fn start_idle(lab: &Lab, scratch: &Scratch) -> Daemon {
-    let mut file = String::new();
-    for index in 0..IDLE {
-        let socket = scratch.path(&format!("idle{index}.sock"));
-        let _ = writeln!(file, "[[disk]]\nvolume = \"idle{index}\"\nsocket-path = \"{}\"", socket.display());
-    }
-    let path = scratch.path("idle.toml");
-    std::fs::write(&path, file).unwrap();
-    Launch::new("idle").with(&["--config", &path.to_string_lossy()]).backends(lab.host(), scratch)
+    let names: Vec<String> = (0..IDLE).map(|index| format!("idle{index}")).collect();
+    let disks: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "")).collect();
+    Launch::new("idle").backends(lab.host(), scratch, &disks)
 }
 
 #[test]

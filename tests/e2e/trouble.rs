@@ -2,7 +2,6 @@
 //!
 //! Two disks of one backend, with either policy, lose their node at the same moment.
 
-use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use cirro_ctl::report::DiskState;
@@ -27,15 +26,8 @@ fn node(lab: &Lab, scratch: &Scratch) -> Daemon {
 }
 
 fn backend(lab: &Lab, scratch: &Scratch) -> Daemon {
-    let mut file = String::new();
-    for (name, policy) in [("waits", "wait"), ("fails", "eio-after=1s")] {
-        let socket = scratch.path(&format!("{name}.sock"));
-        let _ = writeln!(file, "[[disk]]\nvolume = \"{name}\"\nsocket-path = \"{}\"", socket.display());
-        let _ = writeln!(file, "on-trouble = \"{policy}\"");
-    }
-    let path = scratch.path("disks.toml");
-    std::fs::write(&path, file).expect("a file can be written");
-    Launch::new("backend").with(&["--config", &path.to_string_lossy()]).backends(lab.host(), scratch)
+    let disks = [("waits", "on-trouble = \"wait\""), ("fails", "on-trouble = \"eio-after=1s\"")];
+    Launch::new("backend").backends(lab.host(), scratch, &disks)
 }
 
 /// How long it takes until a read fails.

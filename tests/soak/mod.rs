@@ -4,7 +4,6 @@
 //! Backends are stopped but not killed: the front-end here does not connect again (`qemu/crash-test.sh` kills them under QEMU, which does).
 //! Used by `make soak` and, for a minute with a fixed seed, by the end-to-end tests.
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -149,16 +148,9 @@ impl Soak {
     }
 
     fn start_backend(&self, index: usize) -> Daemon {
-        let mut file = String::new();
-        for name in BACKEND_DISKS[index] {
-            let socket = self.scratch.path(&format!("{name}.sock"));
-            let _ = writeln!(file, "[[disk]]\nvolume = \"{name}\"\nsocket-path = \"{}\"", socket.display());
-        }
-        let path = self.scratch.path(&format!("backend{index}.toml"));
-        std::fs::write(&path, file).expect("a file can be written");
-        let config = path.to_string_lossy();
+        let disks: Vec<(&str, &str)> = BACKEND_DISKS[index].iter().map(|name| (*name, "")).collect();
         let name = format!("backend{index}");
-        Launch::new(&name).with(&["--config", &config]).backends(self.lab.host(), &self.scratch)
+        Launch::new(&name).backends(self.lab.host(), &self.scratch, &disks)
     }
 
     /// Does every fault at its time, then makes the wire whole.
