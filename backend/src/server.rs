@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cirro_ctl::stop::Stop;
+use cirro_link::spin::Spin;
 use cirro_link::tap::Tap;
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
@@ -37,8 +38,7 @@ use crate::worker::Worker;
 
 /// Tokens of what a worker waits for; kicks come after them.
 const TOKEN_BELL: u64 = 0;
-const TOKEN_LINK: u64 = 1;
-const TOKEN_KICKS: u64 = 2;
+const TOKEN_KICKS: u64 = 1;
 /// How often a thread that waits for a volume looks whether the process is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often it has looked before it makes do with what an earlier process was told: a node that is there answers sooner.
@@ -48,7 +48,7 @@ const SAY_EVERY: u32 = 600;
 /// How long the end of the process waits for the node to take a volume back.
 const RELEASE_TIME: Duration = Duration::from_millis(500);
 
-/// Runs a worker's turns until `ended` is set and its bell rings. Spins up to `poll` before it sleeps.
+/// Runs a worker's turns until `ended` is set and its bell rings. Looks again for `poll` and longer ([`Spin`]) before it sleeps.
 ///
 /// # Errors
 /// The kernel has no descriptors or memory left for waiting.
@@ -58,27 +58,23 @@ pub fn run_worker<L: Link + AsFd>(
     poll: Nanos,
 ) -> io::Result<()> {
     let mut waits = Waits::new(&mut worker)?;
-    let mut moved_at = clock::now();
+    let mut spin = Spin::new(poll, clock::now());
     while !ended.load(Ordering::Relaxed) {
         let now = clock::now();
         let turn = worker.turn(now);
         worker.tend_tap();
         waits.follow(&mut worker)?;
         if turn.busy || turn.active {
-            moved_at = now;
+            spin.moved(now);
             continue;
         }
-        if now.since(moved_at) < poll {
-            std::hint::spin_loop();
-            continue;
-        }
-        if !worker.may_sleep() {
+        if spin.again(now) || !worker.may_sleep() {
             continue;
         }
         worker.slept();
-        let timeout = turn.wake_at.map(|at| at.since(clock::now()));
-        waits.sleep(&worker, timeout)?;
-        moved_at = clock::now();
+        let from = clock::now();
+        waits.sleep(&mut worker, turn.wake_at.map(|at| at.since(from)))?;
+        spin.slept(from, clock::now());
     }
     Ok(())
 }
@@ -94,7 +90,6 @@ impl Waits {
     fn new<L: Link + AsFd>(worker: &mut Worker<L>) -> io::Result<Waits> {
         let waiter = Waiter::new()?;
         waiter.add(worker.inbox().bell(), TOKEN_BELL)?;
-        waiter.add(worker.link().as_fd(), TOKEN_LINK)?;
         Ok(Waits { waiter, kicks: Vec::new(), ready: Vec::new() })
     }
 
@@ -120,12 +115,11 @@ impl Waits {
         Ok(())
     }
 
-    fn sleep<L: Link + AsFd>(&mut self, worker: &Worker<L>, timeout: Option<Nanos>) -> io::Result<()> {
-        self.waiter.wait(timeout, &mut self.ready)?;
+    fn sleep<L: Link + AsFd>(&mut self, worker: &mut Worker<L>, timeout: Option<Nanos>) -> io::Result<()> {
+        self.waiter.wait_beside(worker.link().as_fd(), timeout, &mut self.ready)?;
         for token in &self.ready {
             match *token {
                 TOKEN_BELL => worker.inbox().hush(),
-                TOKEN_LINK => {}
                 kick => {
                     if let Some((_, file)) = self.kicks.iter().find(|(of, _)| *of == kick) {
                         // It was readable a moment ago, and we are its only reader: this does not block.

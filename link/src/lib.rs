@@ -10,6 +10,7 @@ pub mod memory;
 mod mmap;
 pub mod packet;
 pub mod random;
+pub mod spin;
 pub mod stack;
 mod sys;
 pub mod tap;

@@ -54,16 +54,31 @@ pub(crate) fn epoll_control(
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Waits until one of two descriptors is readable, at most `timeout_ns` (`None`: for ever). True if the first is.
+pub(crate) fn poll_two(first: &OwnedFd, second: BorrowedFd<'_>, timeout_ns: Option<u64>) -> io::Result<bool> {
+    let readable = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [readable(first.as_raw_fd()), readable(second.as_raw_fd())];
+    let time = timeout_ns.map(timespec);
+    let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: `fds` is a live mutable array of two entries; `time` is null or points to a live timespec; no signal mask.
+    let count = unsafe { libc::ppoll(fds.as_mut_ptr(), 2, time, std::ptr::null()) };
+    if count >= 0 { Ok(fds[0].revents != 0) } else { Err(io::Error::last_os_error()) }
+}
+
+fn timespec(ns: u64) -> libc::timespec {
+    libc::timespec {
+        tv_sec: (ns / 1_000_000_000) as libc::time_t,
+        tv_nsec: (ns % 1_000_000_000) as libc::c_long,
+    }
+}
+
 /// Waits for events, at most `timeout_ns` (`None`: for ever). Returns how many.
 pub(crate) fn epoll_wait(
     epoll: &OwnedFd,
     events: &mut [libc::epoll_event],
     timeout_ns: Option<u64>,
 ) -> io::Result<usize> {
-    let time = timeout_ns.map(|ns| libc::timespec {
-        tv_sec: (ns / 1_000_000_000) as libc::time_t,
-        tv_nsec: (ns % 1_000_000_000) as libc::c_long,
-    });
+    let time = timeout_ns.map(timespec);
     let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: `events` is a live mutable slice of that many entries; `time` is null or points to a live timespec; no signal mask.
     let count = unsafe {

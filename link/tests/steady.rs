@@ -185,13 +185,12 @@ fn arrivals_never_go_back_and_are_of_now() {
 fn wakeups(namespace: &Namespace, link: &mut PacketLink, span: Nanos) -> u32 {
     namespace.enter(|| {
         let mut waiter = Waiter::new().unwrap();
-        waiter.add(link.as_fd(), 1).unwrap();
         let (mut count, mut ready, until) = (0, Vec::new(), clock::now() + span);
         while clock::now() < until {
             assert!(link.receive().is_none());
             link.flush(&mut Vec::new());
             let due = link.poll_timeout().map_or(until, |due| due.min(until));
-            waiter.wait(Some(due.since(clock::now())), &mut ready).unwrap();
+            waiter.wait_beside(link.as_fd(), Some(due.since(clock::now())), &mut ready).unwrap();
             count += 1;
         }
         count

@@ -2,7 +2,6 @@
 //!
 //! Knows descriptors and time; what a turn does is `node`'s. Called by `main`.
 
-use std::hint::spin_loop;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +11,7 @@ use std::time::Duration;
 
 use cirro_ctl::publish::Publisher;
 use cirro_ctl::stop::Stop;
+use cirro_link::spin::Spin;
 use cirro_link::tap::{Exchange, Tap};
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
@@ -118,10 +118,9 @@ pub struct Place {
 }
 
 /// Why a worker sleeps no more: its tokens at the waiter.
-const TOKEN_LINK: u64 = 0;
-const TOKEN_STORE: u64 = 1;
-const TOKEN_KEEPER: u64 = 2;
-const TOKEN_BELL: u64 = 3;
+const TOKEN_STORE: u64 = 0;
+const TOKEN_KEEPER: u64 = 1;
+const TOKEN_BELL: u64 = 2;
 
 /// Turns until the door says to end and every session was told.
 ///
@@ -132,12 +131,11 @@ pub fn run_worker<L: Link + AsFd>(
     mut place: Place,
 ) -> io::Result<()> {
     let mut waiter = Waiter::new()?;
-    waiter.add(worker.link_mut().as_fd(), TOKEN_LINK)?;
     waiter.add(worker.store_mut().as_fd(), TOKEN_STORE)?;
     waiter.add(place.keeper.as_fd(), TOKEN_KEEPER)?;
     waiter.add(place.seat.bell.fd.as_fd(), TOKEN_BELL)?;
     let meter = worker.meter();
-    let (mut ready, mut frames, mut spin_until) = (Vec::with_capacity(4), 0, Instant(0));
+    let (mut ready, mut frames, mut spin) = (Vec::with_capacity(4), 0, Spin::new(place.poll, clock::now()));
     let mut end_by = None;
     loop {
         let now = clock::now();
@@ -155,10 +153,10 @@ pub fn run_worker<L: Link + AsFd>(
         }
         let done = meter.frames_in.get() + meter.frames_out.get();
         if done != frames || wake == Wake::Now {
-            (frames, spin_until) = (done, now + place.poll);
+            frames = done;
+            spin.moved(now);
         }
-        if wake == Wake::Now || now < spin_until {
-            spin_loop();
+        if wake == Wake::Now || spin.again(now) {
             continue;
         }
         let due = match wake {
@@ -167,7 +165,8 @@ pub fn run_worker<L: Link + AsFd>(
         };
         let due = due.into_iter().chain(place.publisher.poll_timeout()).chain(end_by).min();
         ready.clear();
-        waiter.wait(due.map(|due| due.since(now)), &mut ready)?;
+        waiter.wait_beside(worker.link_mut().as_fd(), due.map(|due| due.since(now)), &mut ready)?;
+        spin.slept(now, clock::now());
         meter.wakeups.add(1);
         quiet(&place, &ready);
     }

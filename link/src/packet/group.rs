@@ -53,7 +53,7 @@ pub(super) struct Group {
     generation: AtomicU32,
     /// Somebody has said that the interface is lost.
     lost: AtomicBool,
-    /// For each worker an epoll instance that holds the socket of its port: one descriptor to wait for, whatever becomes of the port.
+    /// For each worker an epoll instance that holds the socket of its port until the worker takes it: what a worker without a port waits for.
     readable: Vec<OwnedFd>,
     opening: Mutex<Opening>,
 }
@@ -107,7 +107,12 @@ impl Group {
     /// The port that waits for `worker`, and the generation it is of. `None` while somebody opens them: ask again.
     pub(super) fn take_port(&self, worker: u16) -> Option<(u32, Option<Port>)> {
         let mut opening = self.try_lock()?;
-        Some((self.generation(), opening.waiting.get_mut(usize::from(worker)).and_then(Option::take)))
+        let port = opening.waiting.get_mut(usize::from(worker)).and_then(Option::take);
+        if let Some(port) = &port {
+            // A socket that stays in an epoll instance costs its sender a wake-up call per frame. If it cannot be taken out it only costs that.
+            let _ = epoll_control(self.readable(worker), libc::EPOLL_CTL_DEL, port.socket.as_fd(), 0);
+        }
+        Some((self.generation(), port))
     }
 
     /// What the interface is like now; `None` if there is none of this name or it is down.

@@ -106,8 +106,8 @@ pub struct Drops {
 ///
 /// **An interface that goes away** (removed, renamed, or down) does not end the link: frames are refused meanwhile, and it is looked for 20
 /// times a second. The first worker to find it opens the sockets of the whole group, in order, for a member's place in the group is its
-/// number; the others take theirs at their next look, and one that sleeps is woken by the first frame on its new socket. The descriptor to
-/// wait for ([`AsFd`]) stays the same. Somebody must call [`Link::receive`] at [`Link::poll_timeout`] for all this.
+/// number; the others take theirs at their next look, and one that sleeps is woken by the first frame on its new socket. Somebody must call
+/// [`Link::receive`] at [`Link::poll_timeout`] for all this.
 ///
 /// **What may be different afterwards** ([`Link::take_changed`] says so once): the address and the MTU, which are looked at once a second
 /// also while all is well. Frames from a new address belong to no session that peers know, so sessions end with it and are made anew. The
@@ -250,10 +250,11 @@ impl PacketLink {
     }
 }
 
-/// Readable when a frame has come. Stays the same descriptor when the interface goes and comes back.
+/// Readable when a frame has come. Another descriptor when the interface goes and comes back: ask for it before each wait.
 impl AsFd for PacketLink {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.group.readable(self.worker).as_fd()
+        let waiting = || self.group.readable(self.worker).as_fd();
+        self.port.as_ref().map_or_else(waiting, |port| port.socket.as_fd())
     }
 }
 
