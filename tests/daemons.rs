@@ -339,12 +339,14 @@ pub struct Launch<'a> {
     pub arguments: Vec<OsString>,
     /// The processor it may run on.
     pub cpu: Option<u32>,
+    /// The folder of another build, instead of [`binaries`].
+    pub build: Option<&'a Path>,
 }
 
 impl<'a> Launch<'a> {
     /// With no more arguments.
     pub fn new(name: &'a str) -> Launch<'a> {
-        Launch { name, arguments: Vec::new(), cpu: None }
+        Launch { name, arguments: Vec::new(), cpu: None, build: None }
     }
 
     /// Adds arguments.
@@ -361,8 +363,19 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// Takes the program of another build.
+    #[must_use]
+    pub fn of_build(mut self, folder: Option<&'a Path>) -> Launch<'a> {
+        self.build = folder;
+        self
+    }
+
     fn start(self, program: &str, machine: &Machine, scratch: &Scratch) -> Daemon {
-        let mut command = pinned(machine.namespace(), self.cpu, binaries().join(program).as_os_str());
+        let mut command = pinned(
+            machine.namespace(),
+            self.cpu,
+            self.build.unwrap_or_else(|| binaries()).join(program).as_os_str(),
+        );
         command.args(["--link", INTERFACE, "--security", "none"]);
         command.arg("--state-dir").arg(scratch.path(&format!("{}.state", self.name)));
         command.arg("--ctl-socket").arg(scratch.path(&format!("{}.ctl", self.name)));

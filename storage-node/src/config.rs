@@ -31,7 +31,8 @@ pub struct Flags {
     /// The network interface that leads to the backends.
     #[arg(long, value_name = "IF")]
     pub link: Option<String>,
-    /// Serve a volume: NAME=PATH[,ro][,serial=S][,io=direct|buffered][,durability=write-through|write-back]. Can be given many times.
+    /// Serve a volume: NAME=PATH[,ro][,serial=S][,io=direct|buffered][,durability=write-through|write-back]; or NAME=ram:SIZE[,serial=S],
+    /// which is memory that ends with the node, for scratch disks (SIZE as in 512M or 4G). Can be given many times.
     #[arg(long = "volume", value_name = "NAME=PATH[,OPTION]...")]
     pub volumes: Vec<VolumeSpec>,
     /// Read volumes and settings from this TOML file; flags win over it.
@@ -268,14 +269,16 @@ fn spec_of(entry: FileVolume) -> Result<VolumeSpec, BadVolumeSpec> {
     if entry.path.as_os_str().is_empty() {
         return Err(BadVolumeSpec::Path);
     }
-    Ok(VolumeSpec {
+    let spec = VolumeSpec {
         name: entry.name.parse()?,
         path: entry.path,
         read_only: entry.read_only,
         serial: entry.serial.map(|serial| serial.parse()).transpose()?,
         io: entry.io,
         durability: entry.durability,
-    })
+    };
+    spec.check()?;
+    Ok(spec)
 }
 
 #[cfg(test)]

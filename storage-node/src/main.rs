@@ -21,6 +21,7 @@ use cirro_link::taps::{TapError, Taps, Way};
 use cirro_link::{Link, clock, random};
 use cirro_node::config::{Config, Flags};
 use cirro_node::node::{Directory, Meter, NodeConfig, NodeWorker, Snapshot};
+use cirro_node::owner::OwnerRecord;
 use cirro_node::server::{
     Admission, Door, Place, Waiting, WaitingList, door, keeper, run_worker, serve_what_is_free,
     wait_for_locks,
@@ -47,7 +48,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let volumes = config.volumes.iter().map(Volume::open).collect::<Result<Vec<_>, _>>()?;
     refuse_same_file(&volumes)?;
     let state = Arc::new(StateDir::open(&config.state_dir, random::fill)?);
-    let owners = volumes.iter().map(|v| state.read_owner(&v.name)).collect::<Result<Vec<_>, _>>()?;
+    let owner_of = |volume: &Volume| Ok(state.read_owner(&volume.name)?.found_by(volume.is_volatile()));
+    let owners = volumes.iter().map(owner_of).collect::<anyhow::Result<Vec<OwnerRecord>>>()?;
     let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link))?;
     let facts = link_facts(&config, &links, started);

@@ -1,10 +1,16 @@
-//! Memory of buffers: blocks of pages that can be cut in two and joined again.
+//! Memory of buffers: blocks of pages that can be cut in two and joined again. And memory that is a volume.
 //!
-//! Knows nothing of volumes or requests. Called by `buffers` and the stores.
-//! Besides the uring store the one file of this crate that may be unsafe: joining two neighbours has no safe form.
-#![allow(unsafe_code, reason = "two neighbouring blocks of one mapping become one again")]
+//! Knows nothing of names or requests. Called by `buffers`, `volume` and the stores.
+//! Besides the uring store the one file of this crate that may be unsafe: joining two neighbours and mapping have no safe form.
+#![allow(
+    unsafe_code,
+    reason = "two neighbouring blocks of one mapping become one again; a memory file is mapped"
+)]
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 use cirro_link::Run;
@@ -88,4 +94,94 @@ impl Block {
         assert!(self.arena == next.arena && self.start + self.len == next.start, "blocks are neighbours");
         Block { arena: self.arena, start: self.start, len: self.len + next.len }
     }
+}
+
+/// The bytes of a volume that is in memory: a memory file, mapped. What is copied in one call is never torn by another, for each needs `&mut`
+/// or nobody writes.
+#[derive(Debug)]
+pub struct VolumeMemory {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is not tied to a thread.
+unsafe impl Send for VolumeMemory {}
+
+impl VolumeMemory {
+    /// Makes a memory file of `bytes` whose every page is there, and maps it: later no access can fail for want of memory. The file cannot be
+    /// made shorter by anybody.
+    ///
+    /// # Errors
+    /// The kernel has not so much memory, or not so much that it would give without taking it from others.
+    pub fn new(name: &str, bytes: u64) -> io::Result<(File, VolumeMemory)> {
+        use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
+        let len = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        if bytes > available_bytes()? {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+        file.set_len(bytes)?;
+        fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok((file, VolumeMemory { start, len }))
+    }
+
+    /// Copies what lies at `offset` into `into`.
+    ///
+    /// # Panics
+    /// It is outside: requests are checked before.
+    pub fn read(&self, offset: u64, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: `at` has checked that so many bytes are in the mapping; a buffer of ours does not overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+    }
+
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Panics
+    /// As [`VolumeMemory::read`].
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let to = self.at(offset, bytes.len());
+        // SAFETY: as in `read`; `&mut self` makes this the only access.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    fn at(&self, offset: u64, len: usize) -> *mut u8 {
+        let start = usize::try_from(offset).expect("within the memory");
+        let fits = start.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(fits, "{len} bytes at {offset} of {}", self.len);
+        // SAFETY: inside the mapping, or one past its end when nothing is meant.
+        unsafe { self.start.as_ptr().add(start) }
+    }
+}
+
+impl Drop for VolumeMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length, and nothing of it was handed out.
+        let unmapped = unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+        debug_assert_eq!(unmapped, 0, "a mapping can be given back");
+    }
+}
+
+/// What the kernel could give without swapping (`MemAvailable` of proc_meminfo(5)).
+fn available_bytes() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+    kib.and_then(|kib| kib.checked_mul(1024)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

@@ -39,6 +39,17 @@ pub enum Claim {
 }
 
 impl OwnerRecord {
+    /// The record of a volume as a start of the node finds it. One whose bytes ended with the last start belongs to nobody, in an epoch that nobody
+    /// has had: to an attachment that goes on with its own the volume was another's meanwhile (P-81), so its guest gets errors and not an
+    /// empty disk under its file system.
+    #[must_use]
+    pub fn found_by(self, bytes_are_gone: bool) -> OwnerRecord {
+        match bytes_are_gone && self.vol_epoch > 0 {
+            true => OwnerRecord { vol_epoch: self.vol_epoch + 1, holder: None },
+            false => self,
+        }
+    }
+
     /// Decides an OPEN for writing.
     pub fn claim(&self, attachment: Uuid, take_over: Option<u64>) -> Claim {
         let next = OwnerRecord { vol_epoch: self.vol_epoch + 1, holder: Some(attachment) };
@@ -220,6 +231,16 @@ mod tests {
 
     const A: Uuid = Uuid([1; 16]);
     const B: Uuid = Uuid([2; 16]);
+
+    #[test]
+    fn a_volume_whose_bytes_are_gone_is_nobodys_and_no_epoch_of_before_is_its_own() {
+        let held = OwnerRecord { vol_epoch: 5, holder: Some(A) };
+        assert_eq!(held.found_by(false), held);
+        let found = held.found_by(true);
+        assert_eq!(found, OwnerRecord { vol_epoch: 6, holder: None });
+        assert_eq!(found.claim(A, None), Claim::Grant(OwnerRecord { vol_epoch: 7, holder: Some(A) }));
+        assert_eq!(OwnerRecord::default().found_by(true), OwnerRecord::default(), "nobody has had it yet");
+    }
 
     /// P-79 P-80: the table of "Ownership" in docs/PROTOCOL.md.
     #[test]

@@ -8,7 +8,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cirro_protocol::types::{
     BLOCK_BYTES, BadVolumeName, REQUEST_BYTES_MAX, SECTOR_BYTES, SERIAL_BYTES, VolumeName,
@@ -19,6 +19,7 @@ use cirro_protocol::wire::body::{
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, fstatfs, statx};
 use serde::{Deserialize, Serialize};
 
+use crate::memory::VolumeMemory;
 use crate::store::{Cached, StoreFile};
 
 /// How a volume's file is read and written.
@@ -42,12 +43,16 @@ pub enum Durability {
     WriteBack,
 }
 
-/// A volume as the operator describes it: `NAME=PATH[,ro][,serial=S][,io=direct|buffered][,durability=write-through|write-back]`.
+/// What a path begins with that is none, but the size of a volume in the node's memory.
+const RAM_PREFIX: &str = "ram:";
+
+/// A volume as the operator describes it: `NAME=PATH[,ro][,serial=S][,io=direct|buffered][,durability=write-through|write-back]`, or
+/// `NAME=ram:SIZE[,serial=S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeSpec {
     /// Its name on the segment.
     pub name: VolumeName,
-    /// The file or device.
+    /// The file or device, or `ram:SIZE`: memory of the node, which ends with it. (A file of such a name is `./ram:SIZE`.)
     pub path: PathBuf,
     /// Nobody may write.
     pub read_only: bool,
@@ -90,6 +95,16 @@ pub enum BadVolumeSpec {
     /// The serial number is too long or unprintable.
     #[error("a serial number is at most 20 printable characters")]
     Serial,
+    /// The size of a volume in memory.
+    #[error(
+        "{0:?} is no size: write a number with K, M, G or T behind it, a multiple of 512 bytes, as in ram:4G"
+    )]
+    RamSize(Box<str>),
+    /// An option that makes no sense for a volume in memory.
+    #[error(
+        "a volume in memory begins empty and ends with the node: ro, io= and durability= make no sense with ram:"
+    )]
+    RamOption,
     /// An option that does not exist.
     #[error(
         "unknown option {0:?}: there are ro, serial=S, io=direct|buffered and durability=write-through|write-back"
@@ -122,7 +137,43 @@ impl FromStr for VolumeSpec {
                 _ => return Err(BadVolumeSpec::Option(option.into())),
             }
         }
+        spec.check()?;
         Ok(spec)
+    }
+}
+
+impl VolumeSpec {
+    /// Bytes of a volume in memory; `None` for a file.
+    ///
+    /// # Errors
+    /// The size is none.
+    fn ram_bytes(&self) -> Result<Option<u64>, BadVolumeSpec> {
+        let Some(size) = self.path.to_str().and_then(|path| path.strip_prefix(RAM_PREFIX)) else {
+            return Ok(None);
+        };
+        let (digits, shift) = match size.as_bytes().last() {
+            Some(b'K') => (&size[..size.len() - 1], 10),
+            Some(b'M') => (&size[..size.len() - 1], 20),
+            Some(b'G') => (&size[..size.len() - 1], 30),
+            Some(b'T') => (&size[..size.len() - 1], 40),
+            _ => (size, 0),
+        };
+        let number = digits.parse::<u64>().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
+        let whole = bytes.filter(|bytes| *bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES as u64));
+        whole.map(Some).ok_or_else(|| BadVolumeSpec::RamSize(size.into()))
+    }
+
+    /// What its parts do not say one by one.
+    ///
+    /// # Errors
+    /// A volume in memory without a size, or with an option that only a file has.
+    pub fn check(&self) -> Result<(), BadVolumeSpec> {
+        let plain = !self.read_only && self.io.is_none() && self.durability == Durability::default();
+        match self.ram_bytes()? {
+            Some(_) if !plain => Err(BadVolumeSpec::RamOption),
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
@@ -139,6 +190,16 @@ pub enum VolumeError {
         /// What failed.
         what: &'static str,
         /// Why.
+        error: io::Error,
+    },
+    /// There is not so much memory.
+    #[error("volume {name}: {} cannot be had: {error}; name a smaller size, or free memory", .path.display())]
+    NoMemory {
+        /// The volume.
+        name: VolumeName,
+        /// What was asked for.
+        path: PathBuf,
+        /// Why not.
         error: io::Error,
     },
     /// Neither a regular file nor a block device.
@@ -213,6 +274,7 @@ pub struct Volume {
     serial: Serial,
     identity: Identity,
     file: Arc<File>,
+    memory: Option<Arc<Mutex<VolumeMemory>>>,
 }
 
 impl Volume {
@@ -221,6 +283,9 @@ impl Volume {
     /// # Errors
     /// [`VolumeError`].
     pub fn open(spec: &VolumeSpec) -> Result<Volume, VolumeError> {
+        if let Ok(Some(bytes)) = spec.ram_bytes() {
+            return Volume::in_memory(spec, bytes);
+        }
         let failed = |what, error| VolumeError::Io { name: spec.name, path: spec.path.clone(), what, error };
         let kind = std::fs::metadata(&spec.path).map_err(|e| failed("cannot look at it", e))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -261,10 +326,39 @@ impl Volume {
             serial: spec.serial.unwrap_or_else(|| serial_from(&spec.name)),
             identity,
             file: Arc::new(file),
+            memory: None,
         };
         volume.measure()?;
         volume.discards = !volume.read_only && volume.can_discard();
         Ok(volume)
+    }
+
+    /// Makes a volume of `bytes` of our own memory, all of it taken now.
+    fn in_memory(spec: &VolumeSpec, bytes: u64) -> Result<Volume, VolumeError> {
+        let failed = |error| VolumeError::NoMemory { name: spec.name, path: spec.path.clone(), error };
+        let (file, memory) = VolumeMemory::new(&spec.name.to_string(), bytes).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        Ok(Volume {
+            name: spec.name,
+            path: spec.path.clone(),
+            io: IoMode::Buffered,
+            io_note: Some("it is the node's own memory, and ends with it"),
+            durability: Durability::WriteBack,
+            block_bytes: SECTOR_BYTES as u32,
+            capacity_sectors: bytes / SECTOR_BYTES as u64,
+            read_only: false,
+            discards: true,
+            cached: Cached::Always,
+            serial: spec.serial.unwrap_or_else(|| serial_from(&spec.name)),
+            identity: Identity { is_device: false, device: metadata.dev(), inode: metadata.ino() },
+            file: Arc::new(file),
+            memory: Some(Arc::new(Mutex::new(memory))),
+        })
+    }
+
+    /// True if its bytes end with this process: whoever used it in an earlier one does not find them again.
+    pub fn is_volatile(&self) -> bool {
+        self.memory.is_some()
     }
 
     /// Looks at the size again: it may have changed while the lock was waited for.
@@ -317,7 +411,12 @@ impl Volume {
     /// The file as the store wants it.
     pub fn store_file(&self) -> StoreFile {
         let write_through = self.durability == Durability::WriteThrough;
-        StoreFile { file: Arc::clone(&self.file), cached: self.cached, write_through }
+        StoreFile {
+            file: Arc::clone(&self.file),
+            cached: self.cached,
+            write_through,
+            memory: self.memory.clone(),
+        }
     }
 
     /// What an answer to OPEN or STAT says of it, with the given epoch and handle.
@@ -558,5 +657,33 @@ mod tests {
         assert_eq!(&info.serial[..4], b"ABC\0");
         let info = Volume::open(&spec(&path, ",ro")).unwrap().info(1, 1);
         assert_eq!((info.flags, &info.serial[..2]), (VOLUME_READ_ONLY, &b"v\0"[..]));
+    }
+
+    #[test]
+    fn a_volume_in_memory_has_the_size_that_was_asked_for_or_is_refused_in_words() {
+        for (size, sectors) in [("512", 1), ("3K", 6), ("64M", 131_072)] {
+            let volume = Volume::open(&format!("v=ram:{size},serial=A").parse().unwrap()).unwrap();
+            assert_eq!((volume.capacity_sectors, volume.is_volatile()), (sectors, true));
+            assert!(volume.try_lock().unwrap());
+            assert_eq!(volume.info(1, 1).flags, VOLUME_DISCARD | VOLUME_WRITE_ZEROES);
+        }
+        for size in ["", "0", "0G", "513", "1E", "-1", "+512", "64 M", "M", "16777216T", "0x200", "1.5G"] {
+            let error = format!("v=ram:{size}").parse::<VolumeSpec>().unwrap_err();
+            assert_eq!(error, BadVolumeSpec::RamSize(size.into()), "{error}");
+        }
+        for option in ["ro", "io=buffered", "durability=write-through"] {
+            let error = format!("v=ram:1M,{option}").parse::<VolumeSpec>().unwrap_err();
+            assert_eq!(error, BadVolumeSpec::RamOption);
+        }
+        let error = Volume::open(&"v=ram:4096T".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.starts_with("volume v: ram:4096T cannot be had: "), "{error}");
+    }
+
+    /// Two of the same description are two, unlike two of one path.
+    #[test]
+    fn volumes_in_memory_are_apart() {
+        let [one, two] =
+            ["one=ram:1M", "two=ram:1M"].map(|text| Volume::open(&text.parse().unwrap()).unwrap());
+        refuse_same_file(&[one, two]).unwrap();
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use cirro_node::store::uring::UringStore;
 use cirro_node::store::{
     Cached, Completion, FileId, Request, STORE_REQUESTS_MAX, Store, StoreError, StoreFile, StoreOp,
 };
+use cirro_node::volume::Volume;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -157,15 +158,39 @@ fn agree(
 }
 
 fn stores_agree(file: impl Fn(&str) -> StoreFile) {
+    stores_agree_on(|round| (file(&format!("a{round}")), file(&format!("b{round}"))));
+}
+
+/// `files` makes one for the serving store and one for the simple one.
+fn stores_agree_on(files: impl Fn(u32) -> (StoreFile, StoreFile)) {
     let step = (any::<u8>(), any::<u64>(), 1u64..=256, any::<u8>());
     let mut runner = TestRunner::new(ProptestConfig::with_cases(6));
     let round = std::cell::Cell::new(0);
     let ran = runner.run(&prop::collection::vec(step, 1..40), |steps| {
         round.set(round.get() + 1);
-        let round = round.get();
-        agree(&mut uring(file(&format!("a{round}"))), &mut pread(file(&format!("b{round}"))), &steps)
+        let (serving, simple) = files(round.get());
+        agree(&mut uring(serving), &mut pread(simple), &steps)
     });
     ran.unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn a_volume_in_memory_is_served_as_a_file_is_and_keeps_its_memory() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    stores_agree_on(|round| {
+        let volume = Volume::open(&"v=ram:4M".parse().unwrap()).unwrap();
+        assert_eq!(volume.capacity_sectors * 512, BYTES);
+        let path = sparse(dir.path(), &round.to_string());
+        let simple = StoreFile { file: open(&path, 0), memory: None, ..volume.store_file() };
+        (volume.store_file(), simple)
+    });
+    let serving = Volume::open(&"v=ram:4M".parse().unwrap()).unwrap().store_file();
+    let file = Arc::clone(&serving.file);
+    let mut bench = uring(serving);
+    for op in [StoreOp::Discard, StoreOp::WriteZeroes] {
+        assert_eq!(bench.run(op, 0, BYTES, 0).0, Ok(()));
+        assert_eq!(file.metadata().unwrap().blocks() * 512, BYTES, "{op:?} gave memory back");
+    }
 }
 
 #[test]
@@ -175,6 +200,7 @@ fn both_stores_agree_on_a_buffered_file() {
         file: open(&sparse(dir.path(), name), 0),
         cached: Cached::Pages,
         write_through: false,
+        memory: None,
     });
 }
 
@@ -183,7 +209,7 @@ fn both_stores_agree_on_a_direct_file_that_writes_through() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     stores_agree(|name| {
         let path = sparse(dir.path(), name);
-        StoreFile { file: open(&path, libc::O_DIRECT), cached: Cached::No, write_through: true }
+        StoreFile { file: open(&path, libc::O_DIRECT), cached: Cached::No, write_through: true, memory: None }
     });
 }
 
@@ -194,6 +220,7 @@ fn both_stores_agree_in_memory() {
         file: open(&sparse(dir.path(), name), 0),
         cached: Cached::Always,
         write_through: false,
+        memory: None,
     });
 }
 
@@ -210,6 +237,7 @@ fn both_stores_agree_on_a_block_device() {
         file: open(Path::new(&device.0), libc::O_DIRECT),
         cached: Cached::No,
         write_through: false,
+        memory: None,
     };
     agree(&mut uring(file(&a)), &mut pread(file(&b)), &step).unwrap_or_else(|e| panic!("{e}"));
 }
@@ -218,7 +246,7 @@ fn both_stores_agree_on_a_block_device() {
 fn a_full_store_gives_the_request_back_and_forgets_none() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let file = open(&sparse(dir.path(), "v"), libc::O_DIRECT);
-    let mut bench = uring(StoreFile { file, cached: Cached::No, write_through: false });
+    let mut bench = uring(StoreFile { file, cached: Cached::No, write_through: false, memory: None });
     for token in 0..STORE_REQUESTS_MAX as u32 {
         bench.submit(StoreOp::Write, u64::from(token) * 4096, 4096, token as u8, token);
     }
@@ -242,7 +270,7 @@ fn a_read_past_the_end_is_an_error_with_numbers() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let flags = if cached == Cached::No { libc::O_DIRECT } else { 0 };
         let file = open(&sparse(dir.path(), "v"), flags);
-        let mut bench = uring(StoreFile { file, cached, write_through: false });
+        let mut bench = uring(StoreFile { file, cached, write_through: false, memory: None });
         // The file has half of what is asked for, and then nothing of it.
         let (half, _) = bench.run(StoreOp::Read, BYTES - 8192, 16384, 0);
         assert_eq!(
@@ -267,7 +295,7 @@ fn a_full_file_system_is_told_with_its_error_number() {
         return;
     }
     let file = open(&sparse(dir.path(), "v"), 0);
-    let mut bench = uring(StoreFile { file, cached: Cached::Always, write_through: false });
+    let mut bench = uring(StoreFile { file, cached: Cached::Always, write_through: false, memory: None });
     let (result, _) = bench.run(StoreOp::Write, 0, 1 << 20, 1);
     let unmounted = Command::new("umount").args(["--lazy"]).arg(dir.path()).status();
     assert!(unmounted.is_ok_and(|status| status.success()));
@@ -280,7 +308,7 @@ fn a_full_file_system_is_told_with_its_error_number() {
 fn writing_to_a_file_that_is_read_only_fails_and_the_store_lives() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let file = Arc::new(File::open(sparse(dir.path(), "v")).unwrap());
-    let mut bench = uring(StoreFile { file, cached: Cached::Pages, write_through: false });
+    let mut bench = uring(StoreFile { file, cached: Cached::Pages, write_through: false, memory: None });
     for op in [StoreOp::Write, StoreOp::Discard, StoreOp::WriteZeroes] {
         let (result, _) = bench.run(op, 0, 4096, 1);
         assert!(matches!(result, Err(StoreError::Failed { errno: libc::EBADF, .. })), "{op:?}: {result:?}");
@@ -294,7 +322,7 @@ fn what_is_cached_is_served_without_the_ring() {
         let dir = tempfile::tempdir_in(folder).unwrap();
         let path = sparse(dir.path(), "v");
         File::options().write(true).open(&path).unwrap().write_all_at(&[9; 8192], 4096).unwrap();
-        let mut bench = uring(StoreFile { file: open(&path, 0), cached, write_through: false });
+        let mut bench = uring(StoreFile { file: open(&path, 0), cached, write_through: false, memory: None });
         bench.submit(StoreOp::Read, 4096, 8192, 0, 3);
         assert_eq!(bench.store.in_kernel(), 0, "{folder}: nothing was given to the ring");
         let completion = bench.store.complete().expect("it is done already");
@@ -306,7 +334,7 @@ fn what_is_cached_is_served_without_the_ring() {
 fn the_descriptor_wakes_who_waits_for_a_completion() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let file = open(&sparse(dir.path(), "v"), libc::O_DIRECT);
-    let mut bench = uring(StoreFile { file, cached: Cached::No, write_through: false });
+    let mut bench = uring(StoreFile { file, cached: Cached::No, write_through: false, memory: None });
     for op in [StoreOp::Write, StoreOp::Flush, StoreOp::Discard] {
         bench.submit(op, 0, 4096, 5, 1);
         bench.store.push();
@@ -330,8 +358,12 @@ fn the_descriptor_wakes_who_waits_for_a_completion() {
 fn a_discard_frees_blocks_and_zeroes_read_as_zero() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = sparse(dir.path(), "v");
-    let mut bench =
-        uring(StoreFile { file: open(&path, libc::O_DIRECT), cached: Cached::No, write_through: false });
+    let mut bench = uring(StoreFile {
+        file: open(&path, libc::O_DIRECT),
+        cached: Cached::No,
+        write_through: false,
+        memory: None,
+    });
     assert_eq!(bench.run(StoreOp::Write, 0, 1 << 20, 0xee).0, Ok(()));
     assert_eq!(bench.run(StoreOp::Flush, 0, 0, 0).0, Ok(()));
     let blocks = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());

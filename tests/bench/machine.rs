@@ -18,8 +18,6 @@ pub(crate) enum Placement {
 }
 
 impl Placement {
-    pub(crate) const ALL: [Placement; 2] = [Placement::Pinned, Placement::Free];
-
     fn cpus(self, pinned: usize) -> CpuSet {
         let mut set = CpuSet::new();
         match self {
@@ -44,6 +42,11 @@ pub(crate) fn pin(process: u32, placement: Placement, cpu: usize) -> Result<()> 
 /// Places the calling thread, which is the front-end.
 pub(crate) fn pin_self(placement: Placement) -> Result<()> {
     sched_setaffinity(None, &placement.cpus(0)).context("the front-end cannot be pinned")
+}
+
+/// Places the calling thread on one processor.
+pub(crate) fn pin_to(cpu: usize) -> Result<()> {
+    sched_setaffinity(None, &Placement::Pinned.cpus(cpu)).context("a thread cannot be pinned")
 }
 
 /// Time that all processors together were not idle, soft interrupts included; in steps of 10 ms.

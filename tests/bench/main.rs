@@ -3,30 +3,44 @@
 //! Knows no daemon's inside. Every system gets the same front-end, the same kind of volume and its turn in every round, so that what else the machine
 //! does hits all alike. It aborts on failure: the daemons die with it, and the next run removes its namespaces.
 
+mod limits;
 mod machine;
 mod peers;
+mod plan;
+mod plots;
 mod table;
+mod targets;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cirro_tests::daemons::Scratch;
-use cirro_tests::frontend::{FrontEnd, Op, Shape};
-use cirro_tests::load::Load;
+use cirro_tests::frontend::{FrontEnd, Shape};
+use cirro_tests::loss;
 use cirro_tests::netns::Lab;
 use clap::Parser;
 
 use crate::machine::{Placement, busy_time, pin_self};
-use crate::peers::{Peer, Peers, VOLUME_BYTES};
-use crate::table::{Cell, Sample, Table};
+use crate::peers::{Ours, Peer, Peers, VOLUME_BYTES};
+use crate::plan::{Cell, Section, Workload};
+use crate::table::{Sample, Samples};
 
 /// How long a system runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(100);
+/// How long one raw limit is measured.
+const LIMIT_TIME: Duration = Duration::from_millis(200);
 
 /// Measures our disk beside qemu-storage-daemon over NBD and on the local file.
 #[derive(Debug, Parser)]
-#[command(name = "cirro-bench", max_term_width = 120)]
+#[command(
+    name = "cirro-bench",
+    max_term_width = 120,
+    after_help = "Examples:\n  \
+        cirro-bench --sections pinned --workloads 'depth 32' --only ours,nbd    a short look\n  \
+        cirro-bench --sections pinned,free --only ours,also --also /tmp/before  this build beside another\n\n\
+        CIRRO_BIN_DIR names the folder of our daemons; without it they are built first."
+)]
 struct Flags {
     /// Rounds; each measures everything once.
     #[arg(long, default_value_t = 5)]
@@ -34,65 +48,103 @@ struct Flags {
     /// How long one measurement lasts, in milliseconds.
     #[arg(long, default_value_t = 1000)]
     ms: u64,
-    /// The wire's MTU.
-    #[arg(long, default_value_t = 9000)]
-    mtu: u32,
-    /// Only these systems (ours, nbd, nbd-offload, local, null).
+    /// Only these sections (limits, pinned, free, sleeping, mtu1500, loss, curve).
+    #[arg(long, value_delimiter = ',')]
+    sections: Vec<String>,
+    /// Only workloads whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    workloads: Option<String>,
+    /// Only these systems.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Peer>,
+    /// The folder of another build of our daemons, measured as a system of its own.
+    #[arg(long, value_name = "DIR")]
+    also: Option<PathBuf>,
     /// The front-end spins for completions instead of sleeping.
     #[arg(long)]
     spin: bool,
     /// How long our daemons spin before they sleep, in microseconds; their default without it.
     #[arg(long)]
     poll_us: Option<u32>,
-    /// Write the tables between the markers of this file.
+    /// Write the tables between the markers of this file, and the plots into the folder `plots` beside it.
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
 }
 
-/// What is asked of every system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Workload {
-    pub(crate) name: &'static str,
-    op: Op,
-    bytes: usize,
-    depth: usize,
-}
-
-const WORKLOADS: [Workload; 6] = [
-    Workload { name: "4 KiB random read, depth 1", op: Op::Read, bytes: 4096, depth: 1 },
-    Workload { name: "4 KiB random write, depth 1", op: Op::Write, bytes: 4096, depth: 1 },
-    Workload { name: "4 KiB random read, depth 32", op: Op::Read, bytes: 4096, depth: 32 },
-    Workload { name: "4 KiB random write, depth 32", op: Op::Write, bytes: 4096, depth: 32 },
-    Workload { name: "128 KiB sequential read, depth 8", op: Op::Read, bytes: 128 << 10, depth: 8 },
-    Workload { name: "128 KiB sequential write, depth 8", op: Op::Write, bytes: 128 << 10, depth: 8 },
-];
-
-impl Workload {
-    fn load(self) -> Load {
-        let make = if self.bytes == 4096 { Load::random } else { Load::sequential };
-        make(self.op, self.bytes, VOLUME_BYTES)
+impl Flags {
+    fn wants(&self, section: &str) -> bool {
+        self.sections.is_empty() || self.sections.iter().any(|wanted| wanted == section)
     }
 
-    /// Whether bytes a second say more than requests a second.
-    pub(crate) fn is_stream(self) -> bool {
-        self.bytes > 4096
-    }
-
-    pub(crate) fn bytes(self) -> usize {
-        self.bytes
+    /// What of the plan was asked for.
+    fn sections(&self) -> Vec<Section> {
+        let mut sections = plan::sections();
+        sections.retain(|section| self.wants(section.key));
+        for section in &mut sections {
+            section.groups.retain(|group| {
+                self.workloads.as_ref().is_none_or(|part| group.name().contains(part.as_str()))
+            });
+            for group in &mut section.groups {
+                group.peers.retain(|peer| self.only.is_empty() || self.only.contains(peer));
+                group.peers.retain(|peer| *peer != Peer::Also || self.also.is_some());
+            }
+        }
+        sections
     }
 }
 
-fn measure(socket: &std::path::Path, workload: Workload, flags: &Flags) -> Result<Sample> {
-    let shape = Shape { queues: 1, depth: workload.depth, bytes_max: workload.bytes, poll: flags.spin };
-    let mut front_end = FrontEnd::connect(socket, shape).context("the front-end cannot connect")?;
+/// Every cell once, though several sections may show it.
+fn cells(sections: &[Section]) -> Vec<Cell> {
+    let mut cells = Vec::new();
+    for cell in sections.iter().flat_map(|section| &section.groups).flat_map(plan::Group::cells) {
+        if !cells.contains(&cell) {
+            cells.push(cell);
+        }
+    }
+    cells
+}
+
+/// A wire with the systems on it.
+struct Rig {
+    mtu: u32,
+    // The daemons end before what they run in.
+    peers: Peers,
+    scratch: Scratch,
+    lab: Lab,
+}
+
+impl Rig {
+    fn start(mtu: u32, cells: &[Cell], ours: &Ours) -> Result<Rig> {
+        let (lab, scratch) = (Lab::pair(mtu), Scratch::new());
+        let wanted: Vec<Peer> =
+            cells.iter().filter(|cell| cell.ground.mtu == mtu).map(|cell| cell.peer).collect();
+        let peers = Peers::start(&lab, &scratch, &wanted, ours)?;
+        Ok(Rig { mtu, peers, scratch, lab })
+    }
+
+    fn measure(&self, cell: Cell, flags: &Flags) -> Result<Sample> {
+        self.peers.prepare(&self.lab, cell.peer, cell.ground.placement)?;
+        let socket = self.peers.socket(&self.scratch, cell.peer);
+        let front_end = connect(&socket, cell.workload, flags.spin)?;
+        loss::set_both(self.lab.machines(), cell.ground.lost_per_mille);
+        let sample = measure(front_end, cell.workload, Duration::from_millis(flags.ms));
+        loss::set_both(self.lab.machines(), 0);
+        sample
+    }
+}
+
+fn connect(socket: &Path, workload: Workload, spin: bool) -> Result<FrontEnd> {
+    let shape = Shape { queues: 1, depth: workload.depth, bytes_max: workload.bytes, poll: spin };
+    let front_end = FrontEnd::connect(socket, shape).context("the front-end cannot connect")?;
     ensure!(front_end.capacity() == VOLUME_BYTES, "the disk has {} bytes", front_end.capacity());
+    Ok(front_end)
+}
+
+fn measure(mut front_end: FrontEnd, workload: Workload, time: Duration) -> Result<Sample> {
     let mut load = workload.load();
     front_end.run(&mut load, WARM_UP)?;
     let before = busy_time()?;
-    let outcome = front_end.run(&mut load, Duration::from_millis(flags.ms))?;
+    let outcome = front_end.run(&mut load, time)?;
     let busy = busy_time()?.saturating_sub(before);
     Ok(Sample {
         per_second: outcome.iops(),
@@ -102,39 +154,41 @@ fn measure(socket: &std::path::Path, workload: Workload, flags: &Flags) -> Resul
     })
 }
 
-fn run(flags: &Flags) -> Result<Vec<Table>> {
-    let (lab, scratch) = (Lab::pair(flags.mtu), Scratch::new());
-    let peers = Peers::start(&lab, &scratch, &flags.only, flags.poll_us)?;
-    let mut tables: Vec<Table> = Placement::ALL.iter().map(|placement| Table::new(*placement)).collect();
+fn run(flags: &Flags, sections: &[Section]) -> Result<Samples> {
+    let cells = cells(sections);
+    let ours = Ours { poll_us: flags.poll_us, also: flags.also.clone() };
+    let mut mtus: Vec<u32> = cells.iter().map(|cell| cell.ground.mtu).collect();
+    mtus.sort_unstable();
+    mtus.dedup();
+    let rigs = mtus.into_iter().map(|mtu| Rig::start(mtu, &cells, &ours)).collect::<Result<Vec<_>>>()?;
+    let mut samples = Samples::default();
     for round in 1..=flags.runs {
         eprintln!("round {round} of {}", flags.runs);
-        for (placement, table) in Placement::ALL.into_iter().zip(&mut tables) {
-            pin_self(placement)?;
-            for workload in WORKLOADS {
-                for peer in peers.all() {
-                    peers.prepare(&lab, peer, placement)?;
-                    let sample = measure(&peers.socket(&scratch, peer), workload, flags)
-                        .with_context(|| format!("{peer:?}, {}", workload.name))?;
-                    eprintln!("  {placement:?} {peer:?} {}: {}", workload.name, sample.line());
-                    table.add(Cell { peer, workload }, sample);
-                }
-            }
+        for cell in &cells {
+            pin_self(cell.ground.placement)?;
+            let rig = rigs.iter().find(|rig| rig.mtu == cell.ground.mtu).expect("a wire for each MTU");
+            let of = || format!("{:?}, {}", cell.peer, cell.name());
+            let sample = rig.measure(*cell, flags).with_context(of)?;
+            eprintln!("  {:?} {}: {}", cell.ground.placement, of(), sample.line());
+            samples.add(*cell, sample);
         }
     }
-    Ok(tables)
+    Ok(samples)
 }
 
 fn main() -> Result<()> {
     let flags = Flags::parse();
-    let tables = run(&flags)?;
-    let text = table::report(
-        &tables,
-        &WORKLOADS,
-        &table::Circumstances { mtu: flags.mtu, runs: flags.runs, ms: flags.ms, spin: flags.spin },
-    );
+    let sections = flags.sections();
+    let limits = match flags.wants("limits") {
+        true => limits::measure(&Lab::pair(9000), flags.runs, LIMIT_TIME)?,
+        false => Vec::new(),
+    };
+    pin_self(Placement::Free)?;
+    let samples = run(&flags, &sections)?;
+    let circumstances = table::Circumstances { runs: flags.runs, ms: flags.ms, spin: flags.spin };
+    let text = table::report(&samples, &limits, &sections, &circumstances);
     println!("{text}");
-    match &flags.write {
-        Some(path) => table::write_between_markers(path, &text),
-        None => Ok(()),
-    }
+    let Some(path) = &flags.write else { return Ok(()) };
+    plots::write(&path.parent().unwrap_or(Path::new(".")).join("plots"), &samples)?;
+    table::write_between_markers(path, &text)
 }

@@ -14,17 +14,27 @@ use clap::ValueEnum;
 use crate::machine::{Placement, pin};
 
 pub(crate) const VOLUME_BYTES: u64 = 1 << 30;
-const NBD_PORT: u16 = 10809;
+/// Ports of the two NBD servers, IANA's and the next.
+const NBDKIT_PORT: u16 = 10809;
+const QEMU_NBD_PORT: u16 = 10810;
 
 /// A system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Peer {
     /// cirro-backend and cirro-node.
     Ours,
+    /// The same of another build, of the folder that --also names.
+    Also,
+    /// cirro-backend and cirro-node on a volume in the node's memory.
+    OursRam,
+    /// cirro-backend and cirro-node that never spin.
+    OursSleeping,
     /// qemu-storage-daemon, NBD over TCP, nbdkit; segmentation offloads off.
     Nbd,
     /// The same with segmentation offloads on.
     NbdOffload,
+    /// qemu-storage-daemon, NBD over TCP, qemu-nbd; segmentation offloads off.
+    QemuNbd,
     /// qemu-storage-daemon on the file itself.
     Local,
     /// qemu-storage-daemon on nothing: what the front-end can do at most.
@@ -32,13 +42,27 @@ pub(crate) enum Peer {
 }
 
 impl Peer {
-    pub(crate) const ALL: [Peer; 5] = [Peer::Ours, Peer::Nbd, Peer::NbdOffload, Peer::Local, Peer::Null];
+    /// Those of the main tables.
+    pub(crate) const ALL: [Peer; 8] = [
+        Peer::Ours,
+        Peer::OursRam,
+        Peer::Also,
+        Peer::Nbd,
+        Peer::NbdOffload,
+        Peer::QemuNbd,
+        Peer::Local,
+        Peer::Null,
+    ];
 
     pub(crate) fn title(self) -> &'static str {
         match self {
             Peer::Ours => "cirrostratus",
+            Peer::Also => "cirrostratus, other build",
+            Peer::OursRam => "cirrostratus, `ram:` volume",
+            Peer::OursSleeping => "cirrostratus, `--poll-us 0`",
             Peer::Nbd => "NBD over TCP, offloads off",
             Peer::NbdOffload => "NBD over TCP, offloads on",
+            Peer::QemuNbd => "NBD over TCP to qemu-nbd, offloads off",
             Peer::Local => "local file",
             Peer::Null => "null device",
         }
@@ -48,41 +72,56 @@ impl Peer {
     fn front(self) -> &'static str {
         match self {
             Peer::Ours => "ours",
+            Peer::Also => "also",
+            Peer::OursRam => "ram",
+            Peer::OursSleeping => "sleeping",
             Peer::Nbd | Peer::NbdOffload => "nbd",
+            Peer::QemuNbd => "qemunbd",
             Peer::Local => "local",
             Peer::Null => "null",
         }
     }
 }
 
-/// The daemons of the systems that were asked for.
+/// How our daemons are run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ours {
+    /// How long they spin before they sleep, in microseconds; their default without it.
+    pub(crate) poll_us: Option<u32>,
+    /// The folder of another build.
+    pub(crate) also: Option<PathBuf>,
+}
+
+/// The daemons of the systems that were asked for, on one wire.
 pub(crate) struct Peers {
-    all: Vec<Peer>,
     /// On the VM host, by [`Peer::front`].
     front: Vec<(&'static str, Daemon)>,
     back: Vec<Daemon>,
 }
 
 impl Peers {
-    pub(crate) fn start(lab: &Lab, scratch: &Scratch, only: &[Peer], poll_us: Option<u32>) -> Result<Peers> {
-        let all: Vec<Peer> =
-            Peer::ALL.into_iter().filter(|peer| only.is_empty() || only.contains(peer)).collect();
-        let mut peers = Peers { all, front: Vec::new(), back: Vec::new() };
-        for peer in peers.all.clone() {
+    pub(crate) fn start(lab: &Lab, scratch: &Scratch, wanted: &[Peer], ours: &Ours) -> Result<Peers> {
+        let mut peers = Peers { front: Vec::new(), back: Vec::new() };
+        for peer in wanted.iter().copied() {
             if peers.front.iter().any(|(name, _)| *name == peer.front()) {
                 continue;
             }
             let daemon = match peer {
-                Peer::Ours => peers.start_ours(lab, scratch, poll_us)?,
-                Peer::Nbd | Peer::NbdOffload => peers.start_nbd(lab, scratch)?,
+                Peer::Ours | Peer::OursRam => peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?,
+                Peer::OursSleeping => peers.start_ours(lab, scratch, peer, (Some(0), None))?,
+                Peer::Also => peers.start_ours(lab, scratch, peer, (ours.poll_us, ours.also.as_deref()))?,
+                Peer::Nbd | Peer::NbdOffload => {
+                    peers.start_nbdkit(lab, scratch)?;
+                    nbd_client(lab, scratch, peer.front(), NBDKIT_PORT)
+                }
+                Peer::QemuNbd => {
+                    peers.start_qemu_nbd(lab, scratch)?;
+                    nbd_client(lab, scratch, peer.front(), QEMU_NBD_PORT)
+                }
                 Peer::Local => {
                     let path = filled(scratch, "local.img")?;
-                    qemu(
-                        lab,
-                        scratch,
-                        "local",
-                        &format!("driver=file,node-name=disk,filename={}", path.display()),
-                    )
+                    let blockdev = format!("driver=file,node-name=disk,filename={}", path.display());
+                    qemu(lab, scratch, "local", &blockdev)
                 }
                 Peer::Null => {
                     qemu(lab, scratch, "null", &format!("driver=null-co,node-name=disk,size={VOLUME_BYTES}"))
@@ -93,38 +132,50 @@ impl Peers {
         Ok(peers)
     }
 
-    fn start_ours(&mut self, lab: &Lab, scratch: &Scratch, poll_us: Option<u32>) -> Result<Daemon> {
-        let path = filled(scratch, "ours.img")?;
+    fn start_ours(
+        &mut self,
+        lab: &Lab,
+        scratch: &Scratch,
+        peer: Peer,
+        (poll_us, build): (Option<u32>, Option<&Path>),
+    ) -> Result<Daemon> {
+        let (name, node) = (peer.front(), format!("{}-node", peer.front()));
+        let path = if peer == Peer::OursRam {
+            PathBuf::from(format!("ram:{VOLUME_BYTES}"))
+        } else {
+            filled(scratch, &format!("{name}.img"))?
+        };
         let spin = poll_us.map(|us| us.to_string());
         let spin: Vec<&str> = spin.iter().flat_map(|us| ["--poll-us", us.as_str()]).collect();
-        let volume = format!("disk={}", path.display());
-        self.back.push(Launch::new("node").node(lab.store(), scratch, &[volume]));
-        Ok(Launch::new("ours").with(&["--queues", "4"]).with(&spin).backend(lab.host(), scratch, "disk"))
+        let volume = format!("{name}={}", path.display());
+        let launch = |name| Launch::new(name).with(&spin).of_build(build);
+        self.back.push(launch(&node).node(lab.store(), scratch, &[volume]));
+        Ok(launch(name).with(&["--queues", "4", "--queue-size", "1024"]).backend(lab.host(), scratch, name))
     }
 
-    fn start_nbd(&mut self, lab: &Lab, scratch: &Scratch) -> Result<Daemon> {
+    fn start_nbdkit(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
         let path = filled(scratch, "nbd.img")?;
         let (store, pid_file) = (lab.store(), scratch.path("nbdkit.pid"));
         let mut command = store.namespace().command("nbdkit");
-        command.args([
-            "--foreground",
-            "--ipaddr",
-            store.address(),
-            "--port",
-            &NBD_PORT.to_string(),
-            "--pidfile",
-        ]);
-        command.arg(&pid_file).arg("file").arg(&path);
-        let mut nbdkit = Daemon::start(scratch, "nbdkit", &mut command);
-        nbdkit.wait_until("listened", |_| pid_file.exists());
-        self.back.push(nbdkit);
-        let (host, port) = (store.address(), NBD_PORT);
-        let server = format!("server.type=inet,server.host={host},server.port={port}");
-        Ok(qemu(lab, scratch, "nbd", &format!("driver=nbd,node-name=disk,{server}")))
+        command.args(["--foreground", "--ipaddr", store.address(), "--port", &NBDKIT_PORT.to_string()]);
+        command.arg("--pidfile").arg(&pid_file).arg("file").arg(&path);
+        self.push_server(Daemon::start(scratch, "nbdkit", &mut command), &pid_file);
+        Ok(())
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = Peer> + '_ {
-        self.all.iter().copied()
+    fn start_qemu_nbd(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
+        let path = filled(scratch, "qemunbd.img")?;
+        let (store, pid_file) = (lab.store(), scratch.path("qemu-nbd.pid"));
+        let mut command = store.namespace().command("qemu-nbd");
+        command.args(["--persistent", "--format=raw", "--bind", store.address()]);
+        command.args(["--port", &QEMU_NBD_PORT.to_string(), "--pid-file"]).arg(&pid_file).arg(&path);
+        self.push_server(Daemon::start(scratch, "qemu-nbd", &mut command), &pid_file);
+        Ok(())
+    }
+
+    fn push_server(&mut self, mut server: Daemon, pid_file: &Path) {
+        server.wait_until("listened", |_| pid_file.exists());
+        self.back.push(server);
     }
 
     pub(crate) fn socket(&self, scratch: &Scratch, peer: Peer) -> PathBuf {
@@ -137,6 +188,11 @@ impl Peers {
         self.front.iter().try_for_each(|(_, daemon)| pin(daemon.pid(), placement, 0))?;
         self.back.iter().try_for_each(|daemon| pin(daemon.pid(), placement, 1))
     }
+}
+
+fn nbd_client(lab: &Lab, scratch: &Scratch, name: &str, port: u16) -> Daemon {
+    let server = format!("server.type=inet,server.host={},server.port={port}", lab.store().address());
+    qemu(lab, scratch, name, &format!("driver=nbd,node-name=disk,{server}"))
 }
 
 /// On an I/O thread of its own, which spins for a short while before it sleeps: the faster way to run it.

@@ -8,9 +8,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use cirro_tests::load::median;
 
-use crate::Workload;
-use crate::machine::Placement;
+use crate::limits::Limit;
 use crate::peers::Peer;
+use crate::plan::{Cell, Group, Section};
+use crate::targets;
 
 const BEGIN: &str = "<!-- make bench writes from here -->";
 const END: &str = "<!-- to here -->";
@@ -34,103 +35,131 @@ impl Sample {
     }
 }
 
-/// What a sample belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Cell {
-    pub(crate) peer: Peer,
-    pub(crate) workload: Workload,
-}
+/// Every sample, by what it belongs to.
+#[derive(Debug, Default)]
+pub(crate) struct Samples(Vec<(Cell, Sample)>);
 
-/// The samples of one placement.
-#[derive(Debug)]
-pub(crate) struct Table {
-    placement: Placement,
-    samples: Vec<(Cell, Sample)>,
-}
-
-impl Table {
-    pub(crate) fn new(placement: Placement) -> Table {
-        Table { placement, samples: Vec::new() }
-    }
-
+impl Samples {
     pub(crate) fn add(&mut self, cell: Cell, sample: Sample) {
-        self.samples.push((cell, sample));
+        self.0.push((cell, sample));
     }
 
     fn values(&self, cell: Cell, of: impl Fn(&Sample) -> f64) -> Vec<f64> {
-        self.samples.iter().filter(|(its, _)| *its == cell).map(|(_, sample)| of(sample)).collect()
+        self.0.iter().filter(|(its, _)| *its == cell).map(|(_, sample)| of(sample)).collect()
+    }
+
+    /// The median of `of`; `None` if it was not measured.
+    pub(crate) fn median(&self, cell: Cell, of: fn(&Sample) -> f64) -> Option<f64> {
+        let values = self.values(cell, of);
+        (!values.is_empty()).then(|| median(&values))
     }
 
     fn row(&self, cell: Cell) -> Option<String> {
         let rates = self.values(cell, |sample| sample.per_second);
-        if rates.is_empty() {
-            return None;
-        }
-        let nbd = self.values(Cell { peer: Peer::Nbd, ..cell }, |sample| sample.per_second);
-        let ratio =
-            if nbd.is_empty() { "-".to_owned() } else { format!("{:.2}", median(&rates) / median(&nbd)) };
-        let middle = |of: fn(&Sample) -> f64| median(&self.values(cell, of));
-        let (unit, digits) =
-            if cell.workload.is_stream() { (cell.workload.bytes() as f64 / 1e6, 0) } else { (1.0, 0) };
-        let shown = |value: f64| format!("{:.digits$}", value * unit);
-        let low = rates.iter().copied().fold(f64::INFINITY, f64::min);
-        let high = rates.iter().copied().fold(0.0, f64::max);
+        let rate = self.median(cell, |sample| sample.per_second)?;
+        let nbd = self.median(Cell { peer: Peer::Nbd, ..cell }, |sample| sample.per_second);
+        let ratio = nbd.map_or("-".to_owned(), |nbd| format!("{:.2}", rate / nbd));
+        let unit = if cell.workload.is_stream() { cell.workload.bytes as f64 / 1e6 } else { 1.0 };
+        let (low, high) = range(&rates);
+        let p50s = self.values(cell, |sample| sample.p50_us);
+        let (p50_low, p50_high) = range(&p50s);
+        let cpu_us = self.median(cell, |sample| sample.cpu_us)?;
         Some(format!(
-            "| {} | {} ({}..{}) | {ratio} | {:.1} | {:.1} | {:.2} |\n",
+            "| {} | {:.0} ({:.0}..{:.0}) | {ratio} | {:.1} ({p50_low:.1}..{p50_high:.1}) | {:.0} | {cpu_us:.2} | {:.2} |\n",
             cell.peer.title(),
-            shown(median(&rates)),
-            shown(low),
-            shown(high),
-            middle(|sample| sample.p50_us),
-            middle(|sample| sample.p999_us),
-            middle(|sample| sample.cpu_us),
+            rate * unit,
+            low * unit,
+            high * unit,
+            median(&p50s),
+            self.median(cell, |sample| sample.p999_us)?,
+            cpu_us / 1e6 * (f64::from(1 << 30) / cell.workload.bytes as f64),
         ))
     }
+
+    /// A section as one table: a line for each group, and in it rate, p50 and p99.9 of each system.
+    fn compact(&self, section: &Section) -> String {
+        let peers = section.groups.first().map_or(&[][..], |group| &group.peers);
+        let figures = |cell: Cell| {
+            let rate = self.median(cell, |sample| sample.per_second)?;
+            let p50 = self.median(cell, |sample| sample.p50_us)?;
+            Some(format!(" {rate:.0} | {p50:.1} | {:.0} |", self.median(cell, |sample| sample.p999_us)?))
+        };
+        let row = |group: &Group| {
+            let figures = group.cells().map(figures).collect::<Option<String>>()?;
+            Some(format!("| {} |{figures}\n", group.name()))
+        };
+        let rows: String = section.groups.iter().filter_map(row).collect();
+        if rows.is_empty() || peers.is_empty() {
+            return String::new();
+        }
+        let heads: String =
+            peers.iter().map(|peer| format!(" {}: requests/s | p50 µs | p99.9 µs |", peer.title())).collect();
+        format!("\n| workload |{heads}\n|---|{}\n{rows}", "---|---|---|".repeat(peers.len()))
+    }
+
+    fn table(&self, group: &Group) -> String {
+        let rows: String = group.cells().filter_map(|cell| self.row(cell)).collect();
+        if rows.is_empty() {
+            return rows;
+        }
+        let unit = if group.workload.is_stream() { "MB/s" } else { "requests/s" };
+        format!(
+            "\n**{}**\n\n| system | {unit} | of NBD | p50 µs | p99.9 µs | processor µs per request | processor s per GiB |\n|---|---|---|---|---|---|---|\n{rows}",
+            group.name()
+        )
+    }
+}
+
+fn range(values: &[f64]) -> (f64, f64) {
+    (values.iter().copied().fold(f64::INFINITY, f64::min), values.iter().copied().fold(0.0, f64::max))
 }
 
 /// What a reader must know of the run.
 #[derive(Debug)]
 pub(crate) struct Circumstances {
-    pub(crate) mtu: u32,
     pub(crate) runs: usize,
     pub(crate) ms: u64,
     pub(crate) spin: bool,
 }
 
 /// The Markdown between the markers.
-pub(crate) fn report(tables: &[Table], workloads: &[Workload], circumstances: &Circumstances) -> String {
-    let Circumstances { mtu, runs, ms, spin } = circumstances;
+pub(crate) fn report(
+    samples: &Samples,
+    limits: &[Limit],
+    sections: &[Section],
+    circumstances: &Circumstances,
+) -> String {
+    let Circumstances { runs, ms, spin } = circumstances;
     let wait = if *spin { "spins for completions" } else { "sleeps until interrupted" };
     let mut text = format!(
-        "Made by `make bench` on {}, kernel {}, {} processors ({}). MTU {mtu}; medians of {runs} interleaved runs of {ms} ms, lowest and highest in brackets; the front-end {wait}.\n",
+        "Made by `make bench` on {}, commit {}, kernel {}, {} processors ({}). MTU 9000 unless said; medians of {runs} interleaved runs of {ms} ms, lowest and highest in brackets; the front-end {wait}.\n",
         shell("date -u '+%Y-%m-%d %H:%M UTC'"),
+        shell("git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown"),
         shell("uname -r"),
         shell("nproc"),
         shell("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1"),
     );
     let _ = writeln!(
         text,
-        "{}; {}.",
+        "{}; {}; {}.",
         shell("qemu-storage-daemon --version | head -n 1"),
-        shell("nbdkit --version")
+        shell("nbdkit --version"),
+        shell("qemu-nbd --version | head -n 1")
     );
-    for table in tables {
-        let title = match table.placement {
-            Placement::Pinned => {
-                "Pinned: front-end and VM host's daemon on one processor, storage daemon on the other"
-            }
-            Placement::Free => "Not pinned",
+    text.push_str(&targets::table(samples));
+    if !limits.is_empty() {
+        text.push_str(
+            "\n### Raw limits of this machine\n\n| what | median | lowest..highest |\n|---|---|---|\n",
+        );
+        limits.iter().for_each(|limit| text.push_str(&limit.row()));
+    }
+    for section in sections {
+        let tables: String = match section.compact {
+            true => samples.compact(section),
+            false => section.groups.iter().map(|group| samples.table(group)).collect(),
         };
-        let _ = write!(text, "\n### {title}\n");
-        for workload in workloads {
-            let unit = if workload.is_stream() { "MB/s" } else { "requests/s" };
-            let _ = write!(
-                text,
-                "\n**{}**\n\n| system | {unit} | of NBD | p50 µs | p99.9 µs | processor µs per request |\n|---|---|---|---|---|---|\n",
-                workload.name
-            );
-            let rows = Peer::ALL.into_iter().filter_map(|peer| table.row(Cell { peer, workload: *workload }));
-            rows.for_each(|row| text.push_str(&row));
+        if !tables.is_empty() {
+            let _ = write!(text, "\n### {}\n{tables}", section.title);
         }
     }
     text

@@ -118,3 +118,32 @@ fn an_error_of_fdatasync_stays_though_the_disk_takes_it_back() {
         node.stop();
     }
 }
+
+/// P-81, for a volume whose bytes end with the node.
+#[test]
+fn a_volume_in_memory_that_ended_with_its_node_is_no_empty_disk_under_a_guest_that_goes_on() {
+    let (lab, scratch) = (Lab::pair(9000), Scratch::new());
+    let volumes = [format!("disk=ram:{}M,serial=SCRATCH", BYTES >> 20)];
+    let node = || Launch::new("node").node(lab.store(), &scratch, &volumes);
+    let (first, backend) = (node(), start_backend(&lab, &scratch));
+    let shape = Shape { queues: 1, depth: 16, bytes_max: 128 << 10, poll: false };
+    let mut verifier = Verifier::new(BYTES, 53);
+    let mut guest = connect(&scratch, "backend", shape);
+    let time = Duration::from_millis(500);
+    let outcome = judge(&mut verifier, &mut guest, Size::UpTo(128 << 10), Mix::Everything, time);
+    println!("{}", outcome.line());
+    must(verifier.check_all(&mut guest));
+    first.kill();
+    let second = node();
+    assert_ne!(one(&mut guest, Op::Read, 0), 0, "a guest read from a disk that is not the one it wrote to");
+    assert_ne!(one(&mut guest, Op::Write, 0), 0, "a guest wrote to a disk that is not the one it wrote to");
+    drop(guest);
+    // A driver that begins anew looks at the disk anew.
+    let mut guest = connect(&scratch, "backend", shape);
+    let mut verifier = Verifier::new(BYTES, 54);
+    judge(&mut verifier, &mut guest, Size::Fixed(4096), Mix::ReadWrite, time);
+    must(verifier.check_all(&mut guest));
+    drop(guest);
+    backend.stop();
+    second.stop();
+}

@@ -7,9 +7,10 @@ pub mod pread;
 pub mod uring;
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::buffers::Buffer;
+use crate::memory::VolumeMemory;
 
 /// Requests that a store has taken and not yet given back.
 pub const STORE_REQUESTS_MAX: usize = 512;
@@ -31,6 +32,8 @@ pub struct StoreFile {
     pub cached: Cached,
     /// An answered change is stable.
     pub write_through: bool,
+    /// The file's bytes, if it is memory of ours: they are copied without a call.
+    pub memory: Option<Arc<Mutex<VolumeMemory>>>,
 }
 
 /// Whether a request can be answered from memory without waiting.
@@ -153,6 +156,19 @@ impl Request {
 
     fn short(&self, done: u64) -> StoreError {
         StoreError::Short { op: self.op, offset: self.offset, len: self.len, done }
+    }
+
+    /// Does the request in memory if it is one of copying, or a flush, which has nothing to do there. False: it is another.
+    fn serve_in(&mut self, memory: &Mutex<VolumeMemory>) -> bool {
+        // A panic amid a copy leaves bytes, as a failing disk would.
+        let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        match (self.op, &mut self.buffer) {
+            (StoreOp::Read, Some(buffer)) => memory.read(self.offset, buffer.bytes_mut()),
+            (StoreOp::Write, Some(buffer)) => memory.write(self.offset, buffer.bytes()),
+            (StoreOp::Flush, _) => {}
+            (StoreOp::Discard | StoreOp::WriteZeroes | StoreOp::Read | StoreOp::Write, _) => return false,
+        }
+        true
     }
 
     fn completed(self, result: Result<(), StoreError>) -> Completion {

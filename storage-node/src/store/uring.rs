@@ -1,4 +1,4 @@
-//! The store that serves: io_uring for everything that may wait, one plain call for what is in memory.
+//! The store that serves: io_uring for everything that may wait, one plain call for what is cached, and none for volumes that are memory.
 //!
 //! Knows files by number and requests by token. A read or write whose pages are cached is done at once with preadv2/pwritev2 and
 //! `RWF_NOWAIT`, because a ring costs more than such a call (see docs/PERFORMANCE.md); all else goes through the ring, and so no call
@@ -57,6 +57,7 @@ struct Attached {
     file: StoreFile,
     reads_inline: bool,
     writes_inline: bool,
+    discard_step: Step,
     zero_step: Step,
 }
 
@@ -98,7 +99,12 @@ impl UringStore {
         assert!(self.files.len() < FILES_MAX, "a worker has at most {FILES_MAX} volumes");
         let cached = file.cached != Cached::No;
         let writes_inline = cached && (file.cached == Cached::Always || !file.write_through);
-        self.files.push(Attached { file, reads_inline: cached, writes_inline, zero_step: Step::ZeroRange });
+        // Memory that was given back may not be there when it is wanted again: it is only made zero.
+        let (discard_step, zero_step) = match file.memory {
+            Some(_) => (Step::ZeroData, Step::ZeroData),
+            None => (Step::Discard, Step::ZeroRange),
+        };
+        self.files.push(Attached { file, reads_inline: cached, writes_inline, discard_step, zero_step });
         FileId((self.files.len() - 1) as u16)
     }
 
@@ -279,11 +285,15 @@ impl Store for UringStore {
             return Err(request);
         }
         let attached = &self.files[usize::from(request.file.0)];
+        if attached.file.memory.as_ref().is_some_and(|memory| request.serve_in(memory)) {
+            self.done.push_back(request.completed(Ok(())));
+            return Ok(());
+        }
         let (step, inline) = match request.op {
             StoreOp::Read => (Step::Transfer, attached.reads_inline),
             StoreOp::Write => (Step::Transfer, attached.writes_inline),
             StoreOp::Flush => (Step::Sync, false),
-            StoreOp::Discard => (Step::Discard, false),
+            StoreOp::Discard => (attached.discard_step, false),
             StoreOp::WriteZeroes => (attached.zero_step, false),
         };
         let done = if inline { self.serve_from_memory(&mut request) } else { 0 };
