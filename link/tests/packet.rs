@@ -123,7 +123,7 @@ fn a_full_queue_ends_at_64_frames_and_many_flushes_lose_nothing() {
     let (mut a, mut b) = (open_one(&wire.a), open_one(&wire.b));
     let to = b.address();
     let mut expected = 0u32;
-    // 50 · 64 frames: the ring of 1824 slots goes round.
+    // 50 · 64 frames: the ring of 456 slots goes round.
     for round in 0..50u32 {
         for i in 0..FRAMES_QUEUED_MAX as u32 {
             let body = [&(round * 64 + i).to_le_bytes()[..], &[1; 60]].concat();
@@ -403,8 +403,8 @@ fn a_ring_that_overflows_loses_frames_and_counts_them() {
         assert_eq!(flush(&mut a), []);
     }
     let received = drain(&mut b).len();
-    // 69 blocks of 15 slots.
-    assert_eq!(received, 69 * 15);
+    // 27 blocks of 15 slots.
+    assert_eq!(received, 27 * 15);
     let until = clock::now() + Nanos::from_secs(3);
     let drops = b.drops();
     while drops.ring_full.load(Ordering::Relaxed) == 0 && clock::now() < until {

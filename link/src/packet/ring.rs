@@ -11,11 +11,12 @@ use cirro_protocol::types::{ETHERNET_BYTES, MTU_MAX};
 use super::sys;
 use crate::mmap::Mapping;
 
-/// Memory of a worker's ring: four times the largest congestion window of 4 MiB, so that several sessions' bursts fit.
-const RING_BYTES: usize = 16 << 20;
-/// Slots of a ring at least, for small frames need one each: 16 sessions that ack 64 frames. Only above MTU 16 K does this make the ring
-/// larger than [`RING_BYTES`] (69 MiB at 65535, which no wire outside one machine has).
-const SLOTS_MIN: usize = 1024;
+/// Memory of a worker's ring: the largest congestion window. The kernel goes round the whole of it, so a larger one costs cache misses with
+/// every frame (16 MiB: 5 % of large requests, docs/decisions/0008-the-data-path.md); what does not fit is lost and sent again, as on a switch.
+const RING_BYTES: usize = 4 << 20;
+/// Slots of a ring at least, for small frames need one each: 8 turns of a worker. Only above MTU 10 K does this make the ring larger than
+/// [`RING_BYTES`] (27 MiB at 65535, which no wire outside one machine has).
+const SLOTS_MIN: usize = 400;
 /// A block is contiguous for the kernel; frames do not cross blocks. Of 1 MiB at most 6 % is lost at its end, at any MTU.
 const BLOCK_BYTES: usize = 1 << 20;
 /// Where a frame begins in its slot. The kernel puts it at 66: tpacket2_hdr 32 and sockaddr_ll 20 and 16 for the link-layer header, rounded
@@ -178,11 +179,11 @@ mod tests {
             let geometry = Geometry::for_mtu(mtu);
             assert!(geometry.slot_bytes >= 128 + 14 + mtu && geometry.slot_bytes < 128 + 14 + mtu + 64);
             assert!(geometry.slots_per_block * geometry.slot_bytes <= BLOCK_BYTES, "MTU {mtu}");
-            assert!(geometry.slots() >= 1024 && geometry.ring_bytes() >= 16 << 20, "MTU {mtu}");
-            assert!(geometry.ring_bytes() <= 69 << 20, "MTU {mtu}");
+            assert!(geometry.slots() >= 400 && geometry.ring_bytes() >= 4 << 20, "MTU {mtu}");
+            assert!(geometry.ring_bytes() <= 27 << 20, "MTU {mtu}");
         }
-        // 1 MiB / 9152 = 114 slots in each of 16 blocks.
-        let jumbo = Geometry { slot_bytes: 9152, slots_per_block: 114, blocks: 16 };
+        // 1 MiB / 9152 = 114 slots in each of 4 blocks.
+        let jumbo = Geometry { slot_bytes: 9152, slots_per_block: 114, blocks: 4 };
         assert_eq!(Geometry::for_mtu(9000), jumbo);
     }
 }
