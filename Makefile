@@ -1,6 +1,6 @@
 # Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-install lint sim mutants fuzz soak crash-test bench doc
+.PHONY: help demo test test-install lint sim mutants instructions fuzz soak crash-test bench doc
 
 MINUTES ?= 1
 FROM ?= 1
@@ -29,6 +29,9 @@ sim: ## Run the simulator: SEED=n repeats one run and tells of it, else COUNT=n 
 mutants: ## Plant deliberate bugs in a copy and see the simulator find each (15 minutes).
 	cargo build --quiet --profile checked --locked -p cirro-tests --bin cirro-sim
 	$(SIM) --mutants
+
+instructions: ## Count the instructions of a fixed run, and take them as the measure of tests/instructions.txt.
+	tests/instructions.sh --write
 
 fuzz: ## Run each fuzz target for MINUTES=1.
 	tests/fuzz/run.sh $$(($(MINUTES) * 60))

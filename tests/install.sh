@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # What each is for: the tests of link, store and e2e (namespaces, loss, loop devices, the slow disk, a back-end that others wrote),
-# the dissector, lint; g++ builds the fuzzing engine. qemu/install.sh has what the guest and every build need, bench/run.sh the rivals.
-packages=(iproute2 ethtool nftables kmod mount e2fsprogs util-linux procps qemu-system-common tshark shellcheck g++)
+# the dissector, lint, counted instructions; g++ builds the fuzzing engine. qemu/install.sh has what the guest and every build need, bench/run.sh the rivals.
+packages=(iproute2 ethtool nftables kmod mount e2fsprogs util-linux procps qemu-system-common tshark shellcheck valgrind g++)
 
 missing=()
 for package in "${packages[@]}"; do

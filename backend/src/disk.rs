@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cirro_protocol::initiator::{Event, Initiator, StateName};
 use cirro_protocol::op::{Op, Status};
-use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::time::{Instant, Nanos, earliest};
 use cirro_protocol::types::{SERIAL_BYTES, Slot, VolumeName};
 use cirro_protocol::wire::body::{
     Access, VOLUME_DISCARD, VOLUME_READ_ONLY, VOLUME_WRITE_THROUGH, VOLUME_WRITE_ZEROES, VolumeInfo,
@@ -580,7 +580,7 @@ impl Disk {
         let added = if payload.losses >= PRIVATE_AFTER_LOSSES {
             copies.copy(&self.memory, runs, (offset, len), crcs).map(each)
         } else {
-            self.add_in_place(runs, (offset, len), crcs, &mut each)
+            self.add_in_place(runs, (offset, len), (copies, crcs), &mut each)
         };
         added.expect("requests whose memory went away were taken out when it went");
     }
@@ -589,12 +589,12 @@ impl Disk {
         &self,
         runs: &[crate::guest_memory::GuestRun],
         (offset, len): (u32, u32),
-        crcs: &mut Vec<u32>,
+        (copies, crcs): (&mut PrivateCopies, &mut Vec<u32>),
         each: &mut impl FnMut(cirro_link::Run),
     ) -> Result<(), Outside> {
         let block = cirro_protocol::types::BLOCK_BYTES as u32;
         for at in (0..len).step_by(block as usize) {
-            crcs.push(self.memory.crc32c(runs, offset + at, block.min(len - at))?);
+            crcs.push(copies.checksum(&self.memory, runs, (offset + at, block.min(len - at)))?);
         }
         self.memory.name(runs, offset, len, each)
     }
@@ -658,11 +658,15 @@ impl Disk {
 
     /// When something is due although nothing comes in.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let stops = self.rings.iter().flatten().filter_map(|served| served.stopping.as_ref());
-        let own =
-            [self.initiator.poll_timeout(), self.trouble.next_deadline(), self.unflushed.next_deadline()];
-        let own = own.into_iter().flatten();
-        stops.map(|stopping| stopping.deadline).chain(own).min()
+        let mut first = earliest([
+            self.initiator.poll_timeout(),
+            self.trouble.next_deadline(),
+            self.unflushed.next_deadline(),
+        ]);
+        for served in self.rings.iter().flatten() {
+            first = earliest([first, served.stopping.as_ref().map(|stopping| stopping.deadline)]);
+        }
+        first
     }
 
     /// Asks every guest ring to kick for new requests. True if there are some that could be taken now.

@@ -8,11 +8,11 @@
 use std::sync::Arc;
 
 use cirro_link::Run;
-use cirro_seal::Crc32c;
+use cirro_protocol::types::BLOCK_BYTES;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+    ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
     VolatileSlice,
 };
 
@@ -20,9 +20,6 @@ use crate::memory_guard::Guard;
 
 /// Guest memory as the front-end described it; cheap to clone, and a clone keeps the mappings alive.
 pub type Regions = GuestMemoryMmap<BitmapMmapRegion>;
-
-/// Bytes copied through the stack at a time when a checksum is made: a quarter of a block keeps the stack small and costs four calls a block.
-const CHUNK_BYTES: usize = 1024;
 
 /// A run of guest-physical memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,7 +79,9 @@ impl GuestMemory {
     pub fn descriptor(&self, table: u64, index: u32) -> Result<Descriptor, Outside> {
         let outside = Outside { address: table, len: 16 };
         let address = table.checked_add(u64::from(index) * 16).ok_or(outside)?;
-        self.regions.read_obj(GuestAddress(address)).map_err(|_| Outside { address, ..outside })
+        let mut entry = Descriptor::default();
+        self.read(address, entry.as_mut_slice()).map_err(|_| Outside { address, ..outside })?;
+        Ok(entry)
     }
 
     /// Copies from the guest, into a buffer of ours.
@@ -103,6 +102,11 @@ impl GuestMemory {
     /// [`Outside`]; nothing is written then.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Outside> {
         let len = bytes.len() as u32;
+        // Nearly always one region holds it all, and then there is nothing to check before.
+        if let Some(piece) = self.piece(address, u64::from(len)).filter(|piece| piece.len() == bytes.len()) {
+            piece.copy_from(bytes);
+            return Ok(());
+        }
         if !self.covers(address, len) {
             return Err(Outside { address, len });
         }
@@ -140,28 +144,6 @@ impl GuestMemory {
             at = end;
         }
         Ok(())
-    }
-
-    /// The CRC32C of `len` bytes at `offset` of the data that lies in `runs`, as they are now.
-    ///
-    /// # Errors
-    /// [`Outside`].
-    pub fn crc32c(&self, runs: &[GuestRun], offset: u32, len: u32) -> Result<u32, Outside> {
-        let mut crc = Crc32c::new();
-        let mut chunk = [0u8; CHUNK_BYTES];
-        for run in cut(runs, offset, len) {
-            for piece in self.pieces(run.address, run.len)? {
-                let piece = piece?;
-                let mut at = 0;
-                while at < piece.len() {
-                    let rest = piece.offset(at).expect("within the piece");
-                    let copied = rest.copy_to(&mut chunk);
-                    crc.update(&chunk[..copied]);
-                    at += copied;
-                }
-            }
-        }
-        Ok(crc.finish())
     }
 
     /// Names `len` bytes at `offset` of the data in `runs` as host memory for the link to read. The caller keeps this `GuestMemory` unchanged until
@@ -232,6 +214,8 @@ pub(crate) fn cut(runs: &[GuestRun], offset: u32, len: u32) -> impl Iterator<Ite
 #[derive(Debug)]
 pub struct PrivateCopies {
     bytes: Vec<u8>,
+    /// What a checksum is made of: a guest may change its memory while it is read.
+    block: Box<[u8; BLOCK_BYTES]>,
 }
 
 /// Bytes of private copies between two flushes: four of the largest frames.
@@ -239,7 +223,7 @@ pub const PRIVATE_BYTES_MAX: usize = 4 * cirro_protocol::types::FRAME_BYTES_MAX;
 
 impl Default for PrivateCopies {
     fn default() -> PrivateCopies {
-        PrivateCopies { bytes: Vec::with_capacity(PRIVATE_BYTES_MAX) }
+        PrivateCopies { bytes: Vec::with_capacity(PRIVATE_BYTES_MAX), block: Box::new([0; BLOCK_BYTES]) }
     }
 }
 
@@ -247,6 +231,21 @@ impl PrivateCopies {
     /// True if a whole frame's payload still fits.
     pub fn has_room(&self) -> bool {
         self.bytes.len() + cirro_protocol::types::FRAME_BYTES_MAX <= PRIVATE_BYTES_MAX
+    }
+
+    /// The CRC32C of `len` bytes, at most a block, at `offset` of the data in `runs`, as they are now.
+    ///
+    /// # Errors
+    /// [`Outside`].
+    pub fn checksum(
+        &mut self,
+        memory: &GuestMemory,
+        runs: &[GuestRun],
+        (offset, len): (u32, u32),
+    ) -> Result<u32, Outside> {
+        let block = &mut self.block[..len as usize];
+        memory.gather(runs, offset, block)?;
+        Ok(cirro_seal::crc32c(block))
     }
 
     /// Forgets all copies. Only after the link's flush.
@@ -284,7 +283,7 @@ impl PrivateCopies {
         self.bytes.resize(start + len as usize, 0);
         put(&mut self.bytes[start..])?;
         let copy = &self.bytes[start..];
-        crcs.extend(copy.chunks(cirro_protocol::types::BLOCK_BYTES).map(cirro_seal::crc32c));
+        crcs.extend(copy.chunks(BLOCK_BYTES).map(cirro_seal::crc32c));
         // SAFETY: the vector's capacity was reserved at the start and is never exceeded (asserted above), so the bytes do not move; they are only dropped by
         // `clear`, which the worker calls after the flush.
         Ok(unsafe { Run::new(copy.as_ptr(), copy.len()) })
@@ -317,7 +316,8 @@ mod tests {
         let mut back = vec![0; 0x60];
         memory.gather(&runs, 0x0f, &mut back).unwrap();
         assert_eq!(back, bytes[0x0f..0x6f]);
-        assert_eq!(memory.crc32c(&runs, 0x0f, 0x60).unwrap(), cirro_seal::crc32c(&bytes[0x0f..0x6f]));
+        let crc = PrivateCopies::default().checksum(&memory, &runs, (0x0f, 0x60)).unwrap();
+        assert_eq!(crc, cirro_seal::crc32c(&bytes[0x0f..0x6f]));
     }
 
     #[test]
@@ -354,7 +354,8 @@ mod tests {
     #[test]
     fn an_empty_range_touches_nothing() {
         assert!(memory().covers(0x9_0000, 0));
-        assert_eq!(memory().crc32c(&[], 0, 0).unwrap(), cirro_seal::crc32c(&[]));
+        let crc = PrivateCopies::default().checksum(&memory(), &[], (0, 0)).unwrap();
+        assert_eq!(crc, cirro_seal::crc32c(&[]));
     }
 
     /// P-99: what the guest writes later is not in the copy.

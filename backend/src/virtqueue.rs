@@ -66,6 +66,8 @@ pub struct ServedRing {
     /// Set while a stop is under way: nothing is taken any more.
     pub stopping: Option<Stopping>,
     broken: Option<Broken>,
+    /// The available index as it was seen last: up to it there are heads to take.
+    available: u16,
     record: RingRecord,
     /// Heads off the available ring and not given back, one bit each.
     taken: [u64; QUEUE_SIZE_MAX as usize / 64],
@@ -97,6 +99,7 @@ impl ServedRing {
             enabled: true,
             stopping: None,
             broken: opened.is_none().then_some(Broken::Outside),
+            available: 0,
             record,
             taken: [0; QUEUE_SIZE_MAX as usize / 64],
             live: 0,
@@ -113,6 +116,7 @@ impl ServedRing {
             started = Started { again: opened.again.len(), discarded: opened.discarded };
             served.again = opened.again.into();
         }
+        served.available = queue.next_avail();
         served.queue = queue;
         (served, started)
     }
@@ -173,17 +177,22 @@ impl ServedRing {
     }
 
     fn pop(&mut self, memory: &GuestMemory) -> Result<Option<u16>, Broken> {
-        let regions = memory.regions();
-        let available = self.queue.avail_idx(regions, Ordering::Acquire).map_err(|_| Broken::Outside)?;
-        let ahead = available.0.wrapping_sub(self.queue.next_avail());
-        if ahead > self.queue.size() {
-            return Err(Broken::IndexJump);
+        let (regions, next) = (memory.regions(), self.queue.next_avail());
+        if self.available == next {
+            let available = self.queue.avail_idx(regions, Ordering::Acquire).map_err(|_| Broken::Outside)?.0;
+            if available.wrapping_sub(next) > self.queue.size() {
+                return Err(Broken::IndexJump);
+            }
+            self.available = available;
+            if available == next {
+                return Ok(None);
+            }
         }
-        if ahead == 0 {
-            return Ok(None);
-        }
-        let chain = self.queue.pop_descriptor_chain(regions).ok_or(Broken::Outside)?;
-        Ok(Some(chain.head_index()))
+        // The ring of heads comes after flags and index (virtio 1.2, section 2.7.6); that it lies in guest memory was checked when the ring started.
+        let at = self.queue.avail_ring() + 4 + 2 * u64::from(next % self.queue.size());
+        let head = regions.load::<u16>(GuestAddress(at), Ordering::Relaxed).map_err(|_| Broken::Outside)?;
+        self.queue.set_next_avail(next.wrapping_add(1));
+        Ok(Some(u16::from_le(head)))
     }
 
     /// Gives a head back that was taken: `used_bytes` were written into its buffers.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cirro_link::tap::{Exchange, Tap};
 use cirro_link::{FrameId, Link};
-use cirro_protocol::time::Instant;
+use cirro_protocol::time::{Instant, earliest};
 use cirro_protocol::types::{Cid, Steer};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::long::LongFrame;
@@ -131,8 +131,9 @@ impl<L: Link> Worker<L> {
             place.disk.signal();
             more |= place.disk.end_stops(now);
         }
-        let deadlines = self.disks.iter().filter_map(|place| place.disk.next_deadline());
-        let wake_at = deadlines.chain(self.link.poll_timeout()).min();
+        let link = self.link.poll_timeout();
+        let wake_at =
+            self.disks.iter().fold(link, |first, place| earliest([first, place.disk.next_deadline()]));
         Turn { busy: commands_left || !link_empty || more || unsent, active: received + sent > 0, wake_at }
     }
 

@@ -13,7 +13,7 @@ use crate::requests::{LOSSES_MAX, Requests, VolumeRef};
 use crate::send_window::{Record, What};
 use crate::session::{PayloadRef, Placement, Session, SessionConfig, Transmit};
 use crate::stats::Stats;
-use crate::time::{Instant, Nanos};
+use crate::time::{Instant, Nanos, earliest};
 use crate::types::{CONTROL_SLOT, Uuid};
 use crate::wire::body::{Access, CloseReason, OpenRequest, VolumeInfo};
 use crate::wire::header::HEADER_BYTES;
@@ -284,12 +284,11 @@ impl Connected {
 
     pub(crate) fn poll_timeout(&self, idle: bool) -> Option<Instant> {
         let ping_at = (self.session.last_heard() + self.silence(idle)).max(self.ping_at);
-        let tries = match self.probe {
-            Some(probe) => [Some(probe.next_at()), None],
-            None => [self.widen_at, self.control_at],
+        let own = match self.probe {
+            Some(probe) => earliest([Some(probe.next_at()), Some(ping_at)]),
+            None => earliest([self.widen_at, self.control_at, Some(ping_at)]),
         };
-        let own = tries.into_iter().flatten().chain([ping_at]).min().map(|at| self.session.after_rest(at));
-        [self.session.poll_timeout(), own].into_iter().flatten().min()
+        earliest([self.session.poll_timeout(), own.map(|at| self.session.after_rest(at))])
     }
 
     /// Decides whether OPEN or RELEASE must leave.

@@ -101,6 +101,8 @@ pub(crate) struct SendWindow {
     /// No frame below it is in flight.
     oldest: u64,
     largest_acked: u64,
+    /// The newest frame that an ack has named and settled, and those before it that are settled since, as in an ack.
+    known: (u64, u64),
     next_record: u32,
     in_flight_bytes: u64,
     in_flight_frames: u32,
@@ -125,6 +127,7 @@ impl SendWindow {
             next_pn: 1,
             oldest: 1,
             largest_acked: 0,
+            known: (0, 0),
             next_record: 0,
             in_flight_bytes: 0,
             in_flight_frames: 0,
@@ -204,7 +207,12 @@ impl SendWindow {
             sums.largest_sent_at = self.ack_one(largest, &mut sums, verdicts);
         }
         let reach = self.oldest_remembered();
-        let mut rest = bits;
+        // Each ack repeats what the ones before it said: only what is new in it is looked at.
+        let known = self.known_at(largest);
+        let mut rest = bits & !known;
+        if sums.largest_sent_at.is_some() || largest == self.known.0 {
+            self.known = (largest, bits | known);
+        }
         while rest != 0 {
             let i = u64::from(rest.trailing_zeros());
             rest &= rest - 1;
@@ -214,6 +222,16 @@ impl SendWindow {
             }
         }
         self.after_ack(largest, sums)
+    }
+
+    /// Frames before `largest` that acks have settled before, one bit each as in an ack.
+    fn known_at(&self, largest: u64) -> u64 {
+        let (newest, bits) = self.known;
+        match largest.checked_sub(newest) {
+            Some(0) => bits,
+            Some(newer @ 1..=64) => bits.checked_shl(newer as u32).unwrap_or(0) | 1 << (newer - 1),
+            Some(_) | None => 0,
+        }
     }
 
     /// Takes `first..=last`, from an ACK_RANGES, as acked.
@@ -359,6 +377,8 @@ const _: () = assert!(core::mem::size_of::<Record>() == 8);
 
 #[cfg(test)]
 mod tests {
+    use alloc::format;
+
     use super::*;
 
     fn record(slot: u16) -> Record {
@@ -385,6 +405,42 @@ mod tests {
         assert_eq!((sums.frames, sums.bytes, sums.largest_sent_at), (3, 3000, Some(Instant(4))));
         assert_eq!(slots(&verdicts.acked), [4, 3, 1]);
         assert_eq!(window.in_flight_bytes(), 1000);
+    }
+
+    /// An ack is judged by what is new in it, and that is the same as judging all of it.
+    #[test]
+    fn what_earlier_acks_have_said_changes_nothing_when_it_is_left_out() {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut random = |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % below
+        };
+        for _ in 0..200 {
+            let (mut window, mut plain) = (SendWindow::new(), SendWindow::new());
+            for step in 0..100u64 {
+                for slot in 0..random(8) as u16 {
+                    for window in [&mut window, &mut plain] {
+                        window.push_record(record(slot));
+                        window.push_frame(Instant(step), 1000, 1, true, false);
+                    }
+                }
+                // Old acks come late, and gaps fill or stay.
+                let largest = window.next_pn().saturating_sub(1 + random(90)).max(1);
+                let bits = random(u64::MAX) | random(u64::MAX);
+                if largest >= window.next_pn() {
+                    continue;
+                }
+                let (mut one, mut other) = (Verdicts::default(), Verdicts::default());
+                plain.known = (0, 0);
+                let sums = [window.on_ack(largest, bits, &mut one), plain.on_ack(largest, bits, &mut other)];
+                assert_eq!(format!("{:?}{one:?}", sums[0]), format!("{:?}{other:?}", sums[1]));
+                let lost =
+                    [&mut window, &mut plain].map(|w| w.detect_lost(Instant(step), Nanos(20), &mut one));
+                assert_eq!((lost[0], window.in_flight_bytes()), (lost[1], plain.in_flight_bytes()));
+            }
+        }
     }
 
     /// P-42

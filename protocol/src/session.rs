@@ -17,7 +17,7 @@ use crate::recv_window::RecvWindow;
 use crate::rtt::Rtt;
 use crate::send_window::{AckSums, Record, SendWindow, Verdicts};
 use crate::stats::Stats;
-use crate::time::{Instant, Nanos};
+use crate::time::{Instant, Nanos, earliest};
 use crate::types::{Cid, ETHERNET_BYTES, MESSAGES_MAX, MacAddress, PAYLOADS_MAX, Slot, Steer};
 use crate::wire::body::{ACK_RANGE_BYTES, parse_ack_ranges};
 use crate::wire::ethernet::Ethernet;
@@ -370,7 +370,7 @@ impl Session {
     /// When [`Session::handle_timeout`] or a pending ack has something to do.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         let timers = [self.loss_at, self.probe_at(), self.received.ack_at(), self.rest_until];
-        timers.into_iter().flatten().min().map(|at| self.after_rest(at))
+        earliest(timers).map(|at| self.after_rest(at))
     }
 
     /// `at`, or the end of the rest after a refused frame if that is later: nothing can be sent before.

@@ -26,7 +26,7 @@ use crate::pieces::{PieceSet, next_lower};
 use crate::send_window::{Record, What};
 use crate::session::{Placement, Session, SessionConfig};
 use crate::stats::Stats;
-use crate::time::{Instant, Nanos};
+use crate::time::{Instant, Nanos, earliest};
 use crate::types::{
     CONTROL_SLOT, Cid, MacAddress, REQUEST_BYTES_MAX, SECTOR_BYTES, SLOTS_MAX, Slot, Steer, Uuid,
 };
@@ -544,7 +544,7 @@ impl Target {
         }
         let unconfirmed = (!self.confirmed).then(|| self.started + UNCONFIRMED);
         let silent = Some(self.session.last_heard() + self.patience());
-        [self.session.poll_timeout(), silent, unconfirmed].into_iter().flatten().min()
+        earliest([self.session.poll_timeout(), silent, unconfirmed])
     }
 
     /// The link would not take frame `pn`.

@@ -74,6 +74,20 @@ impl Instant {
     }
 }
 
+/// The first of some times. Asked of every timer in every turn, so it is a loop over numbers: an iterator's chain costs ten times as much.
+#[inline]
+pub fn earliest<const N: usize>(times: [Option<Instant>; N]) -> Option<Instant> {
+    let mut first = None;
+    for time in times {
+        if let Some(time) = time
+            && first.is_none_or(|first| time < first)
+        {
+            first = Some(time);
+        }
+    }
+    first
+}
+
 impl Add<Nanos> for Instant {
     type Output = Instant;
     fn add(self, span: Nanos) -> Instant {

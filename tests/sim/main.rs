@@ -58,6 +58,9 @@ struct Flags {
     /// Plant deliberate bugs, those of tests/sim/mutants.toml whose names contain TEXT, and see whether they are found.
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", conflicts_with = "seed")]
     mutants: Option<String>,
+    /// Run one disk with so many requests and no trouble, the same each time: what tests/instructions.sh counts.
+    #[arg(long, value_name = "N", conflicts_with = "seed")]
+    steady: Option<usize>,
     /// Run the row in this process and print a line a seed.
     #[arg(long, hide = true)]
     child: bool,
@@ -85,6 +88,11 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         };
+    }
+    if let Some(requests) = flags.steady {
+        let outcome = World::new(Options::steady(requests), false).run();
+        print_outcome(0, &outcome);
+        return if outcome.violation.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     match flags.seed {
         Some(seed) => run_one(seed, &flags),

@@ -238,6 +238,42 @@ impl Options {
         Options { may: May::default(), replays: 0, forgeries: 0, ..Options::of(seed) }
     }
 
+    /// The run whose instructions are counted: one disk, a full ring, nothing happens.
+    pub(crate) fn steady(requests: usize) -> Options {
+        let ring = RingOptions {
+            size: 256,
+            depth: 31,
+            event_idx: true,
+            garbage: 0,
+            flushes: 1,
+            big: 0,
+            meddling: 0,
+            discards: false,
+            corner: 64,
+        };
+        let disk = DiskOptions {
+            volume: 0,
+            rings: vec![ring],
+            requests,
+            write_through: false,
+            take_over: false,
+            on_trouble: OnTrouble::Wait,
+        };
+        Options {
+            mtu: 9000,
+            volumes: 1,
+            write_through: false,
+            pools: (32 << 20, 8 << 20),
+            hosts: vec![vec![disk]],
+            think_max: Nanos::from_micros(200),
+            trouble_time: Nanos::from_millis(50),
+            may: May::default(),
+            replays: 0,
+            forgeries: 0,
+            ..Options::of(1)
+        }
+    }
+
     /// What an operator would have to be told of: errors in the log, and of requests, are expected then.
     pub(crate) fn has_operators_cause(&self) -> bool {
         let impatient = self.hosts.iter().flatten().any(|disk| disk.on_trouble != OnTrouble::Wait);

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use cirro_ctl::counter::WorkerMeter;
 use cirro_link::{FrameId, Link};
-use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::time::{Instant, Nanos, earliest};
 use cirro_protocol::types::{MacAddress, Steer, Uuid};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::{PayloadRef, Placement};
@@ -278,7 +278,7 @@ impl<S: Store> Node<S> {
         }
         let stop = self.stop_at.filter(|_| !self.closed);
         let times = [self.sessions.next_deadline(), self.handshake.poll_timeout(), stop, link];
-        times.into_iter().flatten().min().map_or(Wake::Idle, Wake::At)
+        earliest(times).map_or(Wake::Idle, Wake::At)
     }
 }
 

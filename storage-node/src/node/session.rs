@@ -80,6 +80,8 @@ pub(super) struct Sessions {
     deadlines: Vec<Instant>,
     /// Not later than the earliest deadline.
     next_deadline: Instant,
+    /// No entry from here on is in use: entries are taken from the front.
+    end: usize,
     /// Sessions with something to do, in the order they are served.
     active: Vec<u16>,
     free: Vec<u16>,
@@ -93,6 +95,7 @@ impl Sessions {
             table: (0..SESSIONS_MAX).map(|_| None).collect(),
             deadlines: vec![NEVER; SESSIONS_MAX],
             next_deadline: NEVER,
+            end: 0,
             active: Vec::with_capacity(SESSIONS_MAX),
             free: (0..SESSIONS_MAX as u16).rev().collect(),
             count: 0,
@@ -117,6 +120,7 @@ impl Sessions {
     pub(super) fn add(&mut self, now: Instant, config: TargetConfig, volume: u16) -> &mut Session {
         let index = self.free.pop().expect("next_index gave an entry");
         self.count += 1;
+        self.end = self.end.max(usize::from(index) + 1);
         self.serial += 1;
         let session = Session {
             target: Target::accept(config, now),
@@ -142,6 +146,9 @@ impl Sessions {
         self.active.retain(|active| *active != index);
         self.free.push(index);
         self.count -= 1;
+        while self.end > 0 && self.table[self.end - 1].is_none() {
+            self.end -= 1;
+        }
         Some(session)
     }
 
@@ -202,7 +209,7 @@ impl Sessions {
         if now < self.next_deadline {
             return;
         }
-        for index in 0..self.table.len() {
+        for index in 0..self.end {
             if self.deadlines[index] <= now {
                 if let Some(session) = &mut self.table[index] {
                     session.target.handle_timeout(now);
@@ -210,7 +217,7 @@ impl Sessions {
                 self.activate(index as u16);
             }
         }
-        self.next_deadline = self.deadlines.iter().copied().min().unwrap_or(NEVER);
+        self.next_deadline = self.deadlines[..self.end].iter().copied().min().unwrap_or(NEVER);
     }
 
     /// The session at `place` of the active ones has nothing more to do in this turn, or (true) has.
