@@ -247,6 +247,17 @@ impl Daemon {
         Duration::from_nanos(nanos.sum())
     }
 
+    /// Memory that is in use, in KiB (`VmRSS` of proc_pid_status(5)).
+    ///
+    /// # Panics
+    /// The process is gone.
+    pub fn memory_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).expect("the process lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
+        line.split_whitespace().next().and_then(|kib| kib.parse().ok()).expect("a number of KiB")
+    }
+
     /// The daemon's report with counters, once it answers.
     ///
     /// # Errors

@@ -26,8 +26,12 @@ use crate::peers::{Ours, Peer, Peers, VOLUME_BYTES};
 use crate::plan::{Cell, Section, Workload};
 use crate::table::{Sample, Samples};
 
+/// The section of raw limits, which is not of the plan.
+const LIMITS: &str = "limits";
 /// How long a system runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(100);
+/// A rule that looks at each frame and drops none: what a wire with loss is compared with.
+const NO_FRAME: loss::Drop = loss::Drop::LongerThan(65_535);
 /// How long one raw limit is measured.
 const LIMIT_TIME: Duration = Duration::from_millis(200);
 
@@ -66,7 +70,7 @@ struct Flags {
     /// How long our daemons spin before they sleep, in microseconds; their default without it.
     #[arg(long)]
     poll_us: Option<u32>,
-    /// Write the tables between the markers of this file, and the plots into the folder `plots` beside it.
+    /// Write the tables between the markers of this file, and the plots into the folder `plots` beside it: of a whole run only.
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
 }
@@ -76,9 +80,22 @@ impl Flags {
         self.sections.is_empty() || self.sections.iter().any(|wanted| wanted == section)
     }
 
+    /// Everything is measured, as it is.
+    fn is_whole(&self) -> bool {
+        let parts = self.sections.len() + self.only.len();
+        parts == 0 && self.workloads.is_none() && self.also.is_none() && self.poll_us.is_none() && !self.spin
+    }
+
     /// What of the plan was asked for.
-    fn sections(&self) -> Vec<Section> {
+    ///
+    /// # Errors
+    /// A section that there is not, or nothing at all.
+    fn sections(&self) -> Result<Vec<Section>> {
         let mut sections = plan::sections();
+        for name in &self.sections {
+            let known = name == LIMITS || sections.iter().any(|section| section.key == name);
+            ensure!(known, "there is no section '{name}'; see --help");
+        }
         sections.retain(|section| self.wants(section.key));
         for section in &mut sections {
             section.groups.retain(|group| {
@@ -89,7 +106,11 @@ impl Flags {
                 group.peers.retain(|peer| *peer != Peer::Also || self.also.is_some());
             }
         }
-        sections
+        ensure!(
+            self.wants(LIMITS) || !cells(&sections).is_empty(),
+            "nothing of the plan is selected; see --help"
+        );
+        Ok(sections)
     }
 }
 
@@ -126,7 +147,11 @@ impl Rig {
         self.peers.prepare(&self.lab, cell.peer, cell.ground.placement)?;
         let socket = self.peers.socket(&self.scratch, cell.peer);
         let front_end = connect(&socket, cell.workload, flags.spin)?;
-        loss::set_both(self.lab.machines(), cell.ground.lost_per_mille);
+        match cell.ground.lost_per_mille {
+            None => {}
+            Some(0) => self.lab.machines().iter().for_each(|machine| loss::set(machine, &[NO_FRAME])),
+            Some(rate) => loss::set_both(self.lab.machines(), rate),
+        }
         let sample = measure(front_end, cell.workload, Duration::from_millis(flags.ms));
         loss::set_both(self.lab.machines(), 0);
         sample
@@ -178,8 +203,8 @@ fn run(flags: &Flags, sections: &[Section]) -> Result<Samples> {
 
 fn main() -> Result<()> {
     let flags = Flags::parse();
-    let sections = flags.sections();
-    let limits = match flags.wants("limits") {
+    let sections = flags.sections()?;
+    let limits = match flags.wants(LIMITS) {
         true => limits::measure(&Lab::pair(9000), flags.runs, LIMIT_TIME)?,
         false => Vec::new(),
     };
@@ -189,6 +214,10 @@ fn main() -> Result<()> {
     let text = table::report(&samples, &limits, &sections, &circumstances);
     println!("{text}");
     let Some(path) = &flags.write else { return Ok(()) };
+    if !flags.is_whole() {
+        eprintln!("{} is left as it is: this was not a whole run", path.display());
+        return Ok(());
+    }
     plots::write(&path.parent().unwrap_or(Path::new(".")).join("plots"), &samples)?;
     table::write_between_markers(path, &text)
 }

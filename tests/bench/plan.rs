@@ -47,17 +47,17 @@ impl Workload {
 pub(crate) struct Ground {
     pub(crate) placement: Placement,
     pub(crate) mtu: u32,
-    /// Frames lost of 1000, in each direction.
-    pub(crate) lost_per_mille: u32,
+    /// Frames lost of 1000, in each direction, by a rule that looks at every frame, also when it is 0; `None`: no rule.
+    pub(crate) lost_per_mille: Option<u32>,
 }
 
 impl Ground {
-    const PINNED: Ground = Ground { placement: Placement::Pinned, mtu: 9000, lost_per_mille: 0 };
+    const PINNED: Ground = Ground { placement: Placement::Pinned, mtu: 9000, lost_per_mille: None };
     const FREE: Ground = Ground { placement: Placement::Free, ..Ground::PINNED };
     const SMALL_FRAMES: Ground = Ground { mtu: 1500, ..Ground::PINNED };
 
     const fn losing(lost_per_mille: u32) -> Ground {
-        Ground { lost_per_mille, ..Ground::PINNED }
+        Ground { lost_per_mille: Some(lost_per_mille), ..Ground::PINNED }
     }
 
     /// What is not as usual, for a heading.
@@ -67,8 +67,8 @@ impl Ground {
             name += &format!(", MTU {}", self.mtu);
         }
         match self.lost_per_mille {
-            0 => {}
-            rate => name += &format!(", {} % loss", f64::from(rate) / 10.0),
+            None => {}
+            Some(rate) => name += &format!(", {} % loss", f64::from(rate) / 10.0),
         }
         name
     }

@@ -136,7 +136,7 @@ pub(crate) fn report(
         shell("date -u '+%Y-%m-%d %H:%M UTC'"),
         shell("git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown"),
         shell("uname -r"),
-        shell("nproc"),
+        shell("getconf _NPROCESSORS_ONLN"),
         shell("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1"),
     );
     let _ = writeln!(

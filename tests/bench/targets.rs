@@ -72,8 +72,8 @@ pub(crate) fn table(samples: &Samples) -> String {
     let both = |ratio: &dyn Fn(Workload) -> Option<f64>, of: [Workload; 2]| of.map(ratio).to_vec();
     let (small, one, large) = ([READ, WRITE], [READ_ONE, WRITE_ONE], [READ_LARGE, WRITE_LARGE]);
     let nbd = |ground, figure| of((Peer::Ours, ground), (Peer::Nbd, ground), figure);
-    let [tenth, whole] = [1, 10].map(pinned_with_loss);
-    let own = |ground| of((Peer::Ours, ground), (Peer::Ours, PINNED), rate);
+    let [none, tenth, whole] = [0, 1, 10].map(pinned_with_loss);
+    let own = |ground| of((Peer::Ours, ground), (Peer::Ours, none), rate);
     let sleeping = of((Peer::OursSleeping, PINNED), (Peer::Nbd, PINNED), p50);
     let offload = of((Peer::Ours, PINNED), (Peer::NbdOffload, PINNED), rate);
     let tail = |workload| samples.median(at(Peer::Ours, workload, tenth), p999_ms);
