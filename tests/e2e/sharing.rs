@@ -14,8 +14,8 @@ use crate::rig::{DISK_BYTES, connect, disk, judge, must, volume};
 
 const SMALL_BYTES: u64 = 64 << 20;
 const SHAPE: Shape = Shape { queues: 1, depth: 8, bytes_max: 128 << 10, poll: false };
-/// Runs of each kind whose median counts.
-const ROUNDS: usize = 5;
+/// Runs with and without loss whose medians count.
+const LOSS_ROUNDS: usize = 11;
 /// How often a frame's cost is measured, alone and beside others in turn.
 const COST_ROUNDS: usize = 11;
 /// Busy disks at once, and the size of each.
@@ -153,7 +153,7 @@ fn idle_sessions_do_not_make_a_busy_one_dearer() {
 }
 
 #[test]
-fn one_percent_loss_keeps_85_percent_of_loss_free_iops() {
+fn one_percent_loss_keeps_90_percent_of_loss_free_iops() {
     let (lab, scratch) = (Lab::pair(9000), Scratch::new());
     let volumes = [volume("disk", &scratch.volume("disk.img", DISK_BYTES))];
     // What a lost frame costs is the question, and not where the scheduler puts three threads on two processors, which can halve the rate with loss and without.
@@ -165,11 +165,14 @@ fn one_percent_loss_keeps_85_percent_of_loss_free_iops() {
     let mut load = Load::random(Op::Read, 4096, DISK_BYTES);
     let (mut free, mut lossy) = (Vec::new(), Vec::new());
     must(front_end.run(&mut load, Duration::from_millis(300)));
-    for _ in 0..ROUNDS {
-        for (per_mille, results) in [(0, &mut free), (10, &mut lossy)] {
-            loss::set_both(lab.machines(), per_mille);
+    // Both wires have a rule that looks at every frame: it costs a frame's sender something by itself.
+    for _ in 0..LOSS_ROUNDS {
+        for (drop, results) in
+            [(loss::Drop::LongerThan(65_535), &mut free), (loss::Drop::PerMille(10), &mut lossy)]
+        {
+            lab.machines().iter().for_each(|machine| loss::set(machine, &[drop]));
             let outcome = must(front_end.run(&mut load, Duration::from_millis(600)));
-            println!("{per_mille:>3} ‰ loss {}", outcome.line());
+            println!("{drop:?} {}", outcome.line());
             results.push(outcome.iops());
         }
     }
@@ -177,7 +180,7 @@ fn one_percent_loss_keeps_85_percent_of_loss_free_iops() {
     println!("backend {:?}\nnode {counters:?}", disk(&backend).session.and_then(|session| session.counters));
     let kept = median(&lossy) / median(&free);
     println!("at 1 % loss {:.0} of {:.0} requests a second: {kept:.3}", median(&lossy), median(&free));
-    assert!(kept >= 0.85, "1 % loss leaves {kept:.3} of the loss-free rate");
+    assert!(kept >= 0.90, "1 % loss leaves {kept:.3} of the loss-free rate");
     drop(front_end);
     backend.stop();
     node.stop();
