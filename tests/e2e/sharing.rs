@@ -6,7 +6,7 @@ use cirro_tests::daemons::{Daemon, Launch, Scratch};
 use cirro_tests::frontend::{Op, Shape};
 use cirro_tests::load::{Load, median};
 use cirro_tests::loss;
-use cirro_tests::netns::Lab;
+use cirro_tests::netns::{Lab, Machine};
 use cirro_tests::verify::{Mix, Size, Verifier};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -77,6 +77,11 @@ fn node_cost(node: &Daemon, scratch: &Scratch) -> f64 {
     cpu.as_nanos() as f64 / count as f64
 }
 
+/// The one that a storage machine's daemon has to itself, where cost is measured: all others are on the first.
+fn last_processor() -> u32 {
+    std::thread::available_parallelism().map_or(1, usize::from) as u32 - 1
+}
+
 /// Keeps this test's thread, which is the front-end, on a processor.
 fn run_on_processor(cpu: usize) {
     let mut set = CpuSet::new();
@@ -97,11 +102,11 @@ fn idle_names(process: usize) -> impl Iterator<Item = String> {
 }
 
 /// Starts a backend process with [`IDLE_DISKS`] disks that nobody uses.
-fn start_idle(lab: &Lab, scratch: &Scratch, process: usize) -> Daemon {
+fn start_idle(machine: &Machine, scratch: &Scratch, process: usize) -> Daemon {
     let names: Vec<String> = idle_names(process).collect();
     let disks: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "")).collect();
     let name = format!("idle{process}");
-    Launch::new(&name).backends(lab.host(), scratch, &disks)
+    Launch::new(&name).on(Some(0)).backends(machine, scratch, &disks)
 }
 
 /// What idle daemons take: of a processor the node and one backend, and KiB of memory for a session and for a disk.
@@ -120,22 +125,24 @@ fn print_idle(node: &Daemon, node_kib_before: u64, backends: &[Daemon]) {
 
 #[test]
 fn idle_sessions_do_not_make_a_busy_one_dearer() {
-    let (lab, scratch) = (Lab::pair(9000), Scratch::new());
+    // The others have a host of their own: on a virtual wire, the node's processor does what every packet socket of the receiving machine costs.
+    let (lab, scratch) = (Lab::bridged(3, 9000), Scratch::new());
     let mut volumes = vec![volume("busy", &scratch.volume("busy.img", SMALL_BYTES))];
     volumes.extend(
         (0..IDLE / IDLE_DISKS)
             .flat_map(idle_names)
             .map(|name| volume(&name, &scratch.volume(&format!("{name}.img"), 1 << 20))),
     );
-    let launch = Launch::new("node").with(&["--write-pool-mib", "512"]);
+    let launch = Launch::new("node").with(&["--write-pool-mib", "512"]).on(Some(last_processor()));
     let mut node = launch.node(lab.store(), &scratch, &volumes);
-    let busy = Launch::new("busy").backend(lab.host(), &scratch, "busy");
+    let busy = Launch::new("busy").on(Some(0)).backend(lab.host(), &scratch, "busy");
+    run_on_processor(0);
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     for round in 0..COST_ROUNDS {
         alone.push(node_cost(&node, &scratch));
         let before = node.memory_kib();
         let idle: Vec<Daemon> =
-            (0..IDLE / IDLE_DISKS).map(|process| start_idle(&lab, &scratch, process)).collect();
+            (0..IDLE / IDLE_DISKS).map(|process| start_idle(&lab.machines()[2], &scratch, process)).collect();
         node.wait_until("had a session with every disk", |node| node.node_report().sessions.len() > IDLE);
         if round == 0 {
             print_idle(&node, before, &idle);
@@ -147,7 +154,8 @@ fn idle_sessions_do_not_make_a_busy_one_dearer() {
     println!(
         "node time per frame: {one:.0} ns alone {alone:.0?}, {many:.0} ns beside {IDLE} idle sessions {beside:.0?}"
     );
-    assert!(many <= one * 1.10, "a frame costs {many:.0} ns beside {IDLE} idle sessions, {one:.0} ns alone");
+    // At most 1.05 is asked for; medians of this many rounds stray by 0.03.
+    assert!(many <= one * 1.08, "a frame costs {many:.0} ns beside {IDLE} idle sessions, {one:.0} ns alone");
     busy.stop();
     node.stop();
 }
@@ -157,8 +165,7 @@ fn one_percent_loss_keeps_90_percent_of_loss_free_iops() {
     let (lab, scratch) = (Lab::pair(9000), Scratch::new());
     let volumes = [volume("disk", &scratch.volume("disk.img", DISK_BYTES))];
     // What a lost frame costs is the question, and not where the scheduler puts three threads on two processors, which can halve the rate with loss and without.
-    let last = std::thread::available_parallelism().map_or(1, usize::from) as u32 - 1;
-    let node = Launch::new("node").on(Some(last)).node(lab.store(), &scratch, &volumes);
+    let node = Launch::new("node").on(Some(last_processor())).node(lab.store(), &scratch, &volumes);
     let backend = Launch::new("backend").on(Some(0)).backend(lab.host(), &scratch, "disk");
     run_on_processor(0);
     let mut front_end = connect(&scratch, "backend", Shape { depth: 32, bytes_max: 4096, ..SHAPE });

@@ -8,6 +8,7 @@
 //! ```
 
 mod accept;
+mod deadlines;
 mod directory;
 mod drops;
 mod finish;

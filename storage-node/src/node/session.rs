@@ -8,6 +8,7 @@ use cirro_protocol::time::Instant;
 use cirro_protocol::types::{Cid, SLOTS_MAX, Slot, Uuid};
 use cirro_protocol::wire::body::{Access, CloseReason};
 
+use super::deadlines::Deadlines;
 use crate::buffers::Buffer;
 
 /// Sessions of a worker. At most what a cid addresses; the write pool usually limits it before.
@@ -16,8 +17,6 @@ pub const SESSIONS_MAX: usize = 1024;
 pub(super) const UNCONFIRMED_MAX: usize = 64;
 
 const _: () = assert!(SESSIONS_MAX <= Cid::TABLE_MAX);
-/// No timer.
-const NEVER: Instant = Instant(u64::MAX);
 
 /// What the data of a slot's request is in.
 #[derive(Debug, Default)]
@@ -77,11 +76,7 @@ impl Session {
 /// The table.
 pub(super) struct Sessions {
     table: Vec<Option<Box<Session>>>,
-    deadlines: Vec<Instant>,
-    /// Not later than the earliest deadline.
-    next_deadline: Instant,
-    /// No entry from here on is in use: entries are taken from the front.
-    end: usize,
+    deadlines: Deadlines,
     /// Sessions with something to do, in the order they are served.
     active: Vec<u16>,
     free: Vec<u16>,
@@ -93,9 +88,7 @@ impl Sessions {
     pub(super) fn new() -> Sessions {
         Sessions {
             table: (0..SESSIONS_MAX).map(|_| None).collect(),
-            deadlines: vec![NEVER; SESSIONS_MAX],
-            next_deadline: NEVER,
-            end: 0,
+            deadlines: Deadlines::new(),
             active: Vec::with_capacity(SESSIONS_MAX),
             free: (0..SESSIONS_MAX as u16).rev().collect(),
             count: 0,
@@ -120,7 +113,6 @@ impl Sessions {
     pub(super) fn add(&mut self, now: Instant, config: TargetConfig, volume: u16) -> &mut Session {
         let index = self.free.pop().expect("next_index gave an entry");
         self.count += 1;
-        self.end = self.end.max(usize::from(index) + 1);
         self.serial += 1;
         let session = Session {
             target: Target::accept(config, now),
@@ -142,13 +134,10 @@ impl Sessions {
 
     pub(super) fn remove(&mut self, index: u16) -> Option<Box<Session>> {
         let session = self.table[usize::from(index)].take()?;
-        self.deadlines[usize::from(index)] = NEVER;
+        self.deadlines.set(usize::from(index), None);
         self.active.retain(|active| *active != index);
         self.free.push(index);
         self.count -= 1;
-        while self.end > 0 && self.table[self.end - 1].is_none() {
-            self.end -= 1;
-        }
         Some(session)
     }
 
@@ -206,18 +195,14 @@ impl Sessions {
 
     /// Runs the timers that are due.
     pub(super) fn time_out(&mut self, now: Instant) {
-        if now < self.next_deadline {
-            return;
-        }
-        for index in 0..self.end {
-            if self.deadlines[index] <= now {
-                if let Some(session) = &mut self.table[index] {
-                    session.target.handle_timeout(now);
-                }
-                self.activate(index as u16);
+        let (table, active) = (&mut self.table, &mut self.active);
+        self.deadlines.take_due(now, |index| {
+            let Some(session) = table[index].as_mut() else { return };
+            session.target.handle_timeout(now);
+            if !std::mem::replace(&mut session.active, true) {
+                active.push(index as u16);
             }
-        }
-        self.next_deadline = self.deadlines[..self.end].iter().copied().min().unwrap_or(NEVER);
+        });
     }
 
     /// The session at `place` of the active ones has nothing more to do in this turn, or (true) has.
@@ -230,12 +215,11 @@ impl Sessions {
     /// At the end of a turn: takes the timers of those that were served and keeps those that have more to do, rotated, so that another is
     /// first in the next turn.
     pub(super) fn settle(&mut self) {
-        let (table, deadlines, next) = (&mut self.table, &mut self.deadlines, &mut self.next_deadline);
+        let (table, deadlines) = (&mut self.table, &mut self.deadlines);
         self.active.retain(|index| {
             let Some(session) = table[usize::from(*index)].as_mut() else { return false };
             let deadline = session.target.poll_timeout();
-            deadlines[usize::from(*index)] = deadline.unwrap_or(NEVER);
-            *next = (*next).min(deadlines[usize::from(*index)]);
+            deadlines.set(usize::from(*index), deadline);
             // Without a timer it is over: its last event waits to be seen.
             session.active |= deadline.is_none();
             session.active
@@ -246,7 +230,7 @@ impl Sessions {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        (self.next_deadline != NEVER).then_some(self.next_deadline)
+        self.deadlines.next()
     }
 
     /// Bytes of write credit that sessions of `attachment` on `volume` were given.
