@@ -24,8 +24,8 @@ use crate::wire::{Port, Weather, Wire, WireCounts};
 const HEALING_TIME: Nanos = Nanos::from_secs(90);
 /// Two hosts that fight for a volume are given so long to finish what they can.
 const RIVALS_TIME: Nanos = Nanos::from_secs(20);
-/// Then the backends have met the node again.
-const SETTLING_TIME: Nanos = Nanos::from_secs(10);
+/// Then the backends have met the node again: an idle one asks every 10 s, and of two that ask at once one is told later.
+const SETTLING_TIME: Nanos = Nanos::from_secs(20);
 /// Turns of a run: more is a busy loop.
 const TURNS_MAX: u64 = 500_000;
 /// When a run begins: not at 0, which production code may take for "never".
