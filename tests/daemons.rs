@@ -16,7 +16,7 @@ use cirro_ctl::request::Request;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::netns::{INTERFACE, Machine, Namespace, PREFIX, left_over, output};
+use crate::netns::{ADDRESSES, INTERFACE, Machine, Namespace, PREFIX, left_over, output};
 
 /// Where folders for tests lie: in memory.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -341,6 +341,15 @@ fn time_of_day(line: &str) -> Option<u128> {
     Some(seconds * 1000 + number(20..23)?)
 }
 
+/// True if the tests are to run over UDP: `CIRRO_LINK_MODE=udp`.
+pub fn link_mode_is_udp() -> bool {
+    match std::env::var("CIRRO_LINK_MODE").as_deref() {
+        Err(_) | Ok("packet") => false,
+        Ok("udp") => true,
+        Ok(other) => panic!("CIRRO_LINK_MODE is {other:?}: packet or udp"),
+    }
+}
+
 /// How a daemon of ours is started.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
@@ -388,6 +397,11 @@ impl<'a> Launch<'a> {
             self.build.unwrap_or_else(|| binaries()).join(program).as_os_str(),
         );
         command.args(["--link", INTERFACE, "--security", "none"]);
+        if link_mode_is_udp() {
+            command.args(["--link-mode", "udp"]);
+            let others = ADDRESSES.iter().filter(|address| **address != machine.address());
+            others.for_each(|address| _ = command.args(["--udp-peer", address]));
+        }
         command.arg("--state-dir").arg(scratch.path(&format!("{}.state", self.name)));
         command.arg("--ctl-socket").arg(scratch.path(&format!("{}.ctl", self.name)));
         if program == "cirro-backend" {

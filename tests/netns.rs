@@ -83,7 +83,7 @@ impl Drop for Namespace {
 #[derive(Debug)]
 pub struct Machine {
     namespace: Namespace,
-    address: String,
+    address: &'static str,
 }
 
 impl Machine {
@@ -94,7 +94,7 @@ impl Machine {
 
     /// The IPv4 address of its interface.
     pub fn address(&self) -> &str {
-        &self.address
+        self.address
     }
 
     /// The MAC address of its interface.
@@ -112,13 +112,15 @@ impl Machine {
         let name = &self.namespace.name;
         run(&format!("ip -n {name} addr add {}/24 dev {INTERFACE}", self.address));
         run(&format!("ip -n {name} link set {INTERFACE} up"));
+        // Each datagram is a frame of its own, as on a wire: what filters drop is frames.
+        self.namespace.shell(&format!("ethtool -K {INTERFACE} tx-udp-segmentation off"));
     }
 }
 
 /// Machines on one segment.
 #[derive(Debug)]
 pub struct Lab {
-    /// In the order of their addresses 10.77.0.1, .2, …
+    /// In the order of [`ADDRESSES`].
     machines: Vec<Machine>,
     bridge: Option<Namespace>,
 }
@@ -176,8 +178,11 @@ impl Lab {
     }
 }
 
+/// The addresses of a lab's machines, in their order.
+pub const ADDRESSES: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
+
 fn machine(index: usize, label: &str) -> Machine {
-    Machine { namespace: Namespace::new(label), address: format!("10.77.0.{}", index + 1) }
+    Machine { namespace: Namespace::new(label), address: ADDRESSES[index] }
 }
 
 /// Removes the namespaces of test processes that are gone.

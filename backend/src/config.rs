@@ -2,9 +2,11 @@
 //!
 //! Knows names, ranges and what goes with what; opens nothing. Called by `main`. A flag wins over the file.
 
+use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use cirro_link::any::{BadSettings, Mode, Settings};
 use cirro_protocol::types::{MacAddress, Steer, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
@@ -44,6 +46,12 @@ pub struct Flags {
     /// The network interface that leads to the storage nodes.
     #[arg(long, value_name = "IF")]
     pub link: Option<String>,
+    /// How frames are carried [default: packet].
+    #[arg(long, value_name = "packet|udp")]
+    pub link_mode: Option<Mode>,
+    /// With --link-mode udp: the IPv4 address of a machine to ask who serves a volume. Can be given many times.
+    #[arg(long = "udp-peer", value_name = "IPV4")]
+    pub udp_peers: Vec<Ipv4Addr>,
     /// The volume behind the disk.
     #[arg(long, value_name = "NAME")]
     pub volume: Option<VolumeName>,
@@ -112,6 +120,9 @@ pub enum Security {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
     link: Option<String>,
+    link_mode: Option<String>,
+    #[serde(default)]
+    udp_peers: Vec<Ipv4Addr>,
     security: Option<Security>,
     workers: Option<u16>,
     poll_us: Option<u32>,
@@ -143,7 +154,7 @@ struct FileDisk {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The interface.
-    pub link: String,
+    pub link: Settings,
     /// Its workers.
     pub workers: u16,
     /// Spinning in µs.
@@ -213,6 +224,9 @@ pub enum Error {
         /// What it may be.
         allowed: &'static str,
     },
+    /// The link's settings do not go together.
+    #[error(transparent)]
+    Link(#[from] BadSettings),
     /// Keys are not there yet.
     #[error(
         "--security keys is not available in this version: use --security none, on a wire that you trust"
@@ -294,12 +308,19 @@ impl Config {
                 }
             }
         }
+        let link = flags.link.clone().or(file.link).ok_or(Error::Missing("--link IF"))?;
+        let link =
+            Settings::new(link, (flags.link_mode, file.link_mode), (&flags.udp_peers, file.udp_peers))?;
+        if link.mode == Mode::Udp && link.udp_peers.is_empty() && disks.iter().any(|disk| disk.node.is_none())
+        {
+            return Err(Error::Missing("--udp-peer IPV4 (the storage machine's)"));
+        }
         let workers = flags.workers.or(file.workers).unwrap_or(1);
         let poll_us = flags.poll_us.or(file.poll_us).unwrap_or(POLL_US_DEFAULT);
         in_range("workers", workers.into(), 1..=Steer::WORKERS_MAX.into(), "1 to 1024")?;
         in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
         Ok(Config {
-            link: flags.link.clone().or(file.link).ok_or(Error::Missing("--link IF"))?,
+            link,
             workers,
             poll_us,
             state_dir: flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into()),
@@ -407,7 +428,7 @@ mod tests {
                     --security none --poll-us 5 --take-over --state-dir /tmp/s --run-dir /tmp/r --ctl-socket /tmp/c --workers 2";
         let config = parse(line, None).unwrap();
         let disk = &config.disks[0];
-        assert_eq!((config.link.as_str(), config.workers, config.poll_us), ("eth1", 2, 5));
+        assert_eq!((config.link.interface.as_str(), config.workers, config.poll_us), ("eth1", 2, 5));
         assert_eq!(disk.socket, Socket::Path("/run/a.sock".into()));
         assert_eq!(disk.node.unwrap().0, [2, 0, 0x5e, 0x10, 0, 1]);
         assert!(disk.read_only && disk.take_over);
@@ -431,7 +452,7 @@ mod tests {
     fn a_file_lists_disks_and_flags_win_over_it() {
         let file = "link = 'eth9'\npoll-us = 7\n[[disk]]\nvolume = 'a'\nsocket-path = '/a'\nqueues = 2\n[[disk]]\nvolume = 'b'\nfd = 5\nread-only = true\n";
         let config = parse("--link eth1 --queue-size 64", Some(file)).unwrap();
-        assert_eq!((config.link.as_str(), config.poll_us), ("eth1", 7));
+        assert_eq!((config.link.interface.as_str(), config.poll_us), ("eth1", 7));
         let [a, b] = &config.disks[..] else { panic!("two disks") };
         assert_eq!((a.volume.as_str(), a.queues, a.queue_size, a.read_only), ("a", 2, 64, false));
         assert_eq!(
@@ -484,6 +505,8 @@ mod tests {
                 "--security keys is not available",
             ),
             ("--socket-path /s --link l --volume v --node-key x", None, "--node-key needs --security keys"),
+            ("--socket-path /s --link l --volume v --link-mode udp", None, "--udp-peer IPV4"),
+            ("--socket-path /s --link l --volume v --udp-peer 192.0.2.1", None, "needs --link-mode udp"),
             ("--fd 1 --link l --volume v", None, "fd is 1"),
             ("", Some("link='l'\ntypo=1"), "unknown field `typo`"),
             (

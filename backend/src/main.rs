@@ -23,7 +23,7 @@ use cirro_backend::worker::Worker;
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::packet::{self, PacketLink};
+use cirro_link::any::{self, AnyLink};
 use cirro_link::stack::{Stack, stack};
 use cirro_link::taps::{Taps, Way};
 use cirro_link::{Link, clock, random};
@@ -55,11 +55,11 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .map(|disk| State::open(&config.state_dir, disk.volume, random::uuid()).map(Arc::new))
         .collect::<Result<Vec<_>, _>>()?;
     let remains = open_remains(&config, &states)?;
-    let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
-        .with_context(|| format!("cannot open link {}", config.link))?;
+    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
+        .with_context(|| format!("cannot open link {}", config.link.interface))?;
     log::warn!(
         "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
-        config.link
+        config.link.interface
     );
 
     let kept = states.into_iter().zip(remains).collect();
@@ -128,7 +128,7 @@ fn open_remains(config: &Config, states: &[Arc<State>]) -> anyhow::Result<Vec<Re
 
 /// What the threads will own, and what can be seen of it.
 struct Crew {
-    workers: Vec<(Mailbox, Worker<Stack<PacketLink>>)>,
+    workers: Vec<(Mailbox, Worker<Stack<AnyLink>>)>,
     /// In the order of the configuration.
     disks: Vec<DiskServer>,
     view: View,
@@ -140,16 +140,16 @@ impl Crew {
         config: &Config,
         kept: Vec<Kept>,
         process: u16,
-        links: Vec<PacketLink>,
+        links: Vec<AnyLink>,
         stop: &Stop,
     ) -> anyhow::Result<Crew> {
         let view = View {
             started_ns: clock::now().0,
-            interface: config.link.clone(),
+            interface: config.link.interface.clone(),
             address: links[0].address(),
             mtu: links[0].mtu() as u32,
             workers: Vec::new(),
-            drops: links.iter().map(PacketLink::drops).collect(),
+            drops: links.iter().map(AnyLink::drops).collect(),
             disks: Vec::new(),
             taps: Taps::new(Vec::new()),
         };
@@ -169,7 +169,7 @@ impl Crew {
                 process,
                 poll_us: config.poll_us,
             };
-            crew.add_disk(DiskId(number as u16), (entry, kept), &place, (&config.link, stop));
+            crew.add_disk(DiskId(number as u16), (entry, kept), &place, (&config.link.interface, stop));
         }
         Ok(crew)
     }
@@ -239,7 +239,7 @@ struct Place {
 }
 
 fn worker_disk(
-    worker: &mut Worker<Stack<PacketLink>>,
+    worker: &mut Worker<Stack<AnyLink>>,
     id: DiskId,
     (entry, state, place): (&DiskEntry, &State, &Place),
     (attach, stats, remains): (Arc<Attach>, Arc<DiskStats>, Remains),
@@ -278,7 +278,7 @@ fn worker_disk(
 type Thread = JoinHandle<anyhow::Result<()>>;
 
 fn start_worker(
-    worker: Worker<Stack<PacketLink>>,
+    worker: Worker<Stack<AnyLink>>,
     ended: &Arc<AtomicBool>,
     poll: Nanos,
 ) -> anyhow::Result<Thread> {

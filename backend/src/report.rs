@@ -11,8 +11,8 @@ use cirro_ctl::report::{
     SessionState, State, Worker,
 };
 use cirro_ctl::request::{Request, TapFile, TapPopped, TapPush, TapPushed};
+use cirro_link::Drops;
 use cirro_link::clock;
-use cirro_link::packet::Drops;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps};
 use cirro_protocol::initiator::StateName;

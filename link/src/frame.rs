@@ -3,11 +3,21 @@
 //! Knows nothing of how it is sent. Filled by workers, read by links.
 #![allow(unsafe_code, reason = "a run of guest memory is named by its address; TxFrame::gather reads it")]
 
-use crate::FrameId;
+use std::io;
+use std::sync::atomic::Ordering;
+
+use crate::{Drops, FrameId};
 
 /// Frames that a link holds between two flushes: a window's worth of 8 KiB frames would be 512, but the kernel takes them in batches, and
 /// more than 64 gain nothing (measured figures: `docs/PERFORMANCE.md`).
 pub const FRAMES_QUEUED_MAX: usize = 64;
+/// Frames of one flush that the kernel may refuse one by one before the rest is refused unasked: an interface that drops some (a full
+/// queue, a policer) still takes the others, one that drops all is not asked 64 times.
+const REFUSALS_PER_FLUSH_MAX: usize = 8;
+/// Batches of full frames that the kernel holds until the interface takes them. What is beyond is refused, which is known at once.
+const SEND_BATCHES: usize = 4;
+/// What the kernel keeps beside a frame's bytes (sk_buff and skb_shared_info), rounded up.
+const FRAME_OVERHEAD_BYTES: usize = 1024;
 /// Cuts for which a frame has room from the start: 64 KiB in runs of 1 KiB. More are legal and make it grow once.
 const CUTS_EXPECTED: usize = 64;
 
@@ -175,6 +185,25 @@ impl TxFrame {
     }
 }
 
+/// Bytes that a socket must be allowed to hold so that [`SEND_BATCHES`] fit: the kernel counts a frame by the memory it takes, a power of two,
+/// and doubles what it is asked for; so this leaves twice the room.
+pub(crate) fn send_buffer_bytes(mtu: usize) -> usize {
+    SEND_BATCHES * FRAMES_QUEUED_MAX * (mtu + FRAME_OVERHEAD_BYTES).next_power_of_two()
+}
+
+/// What the kernel would not take at the head of a batch.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    /// How many frames, at least 1, the error is about.
+    pub(crate) frames: usize,
+    pub(crate) error: io::Error,
+}
+
+/// The errors of a socket whose interface went down or away.
+pub(crate) fn means_lost(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV))
+}
+
 /// The frames of a link: a fixed number, used in order between two flushes.
 #[derive(Debug)]
 pub struct FramePool {
@@ -208,6 +237,46 @@ impl FramePool {
     /// The queued frames.
     pub fn queued(&self) -> &[TxFrame] {
         &self.frames[..self.queued]
+    }
+
+    /// Hands the queued frames to `send`, which gives how many it took from the front, until all are taken or refused; then forgets them.
+    /// Returns whether an error says that the interface is lost: nothing is sent after it.
+    pub(crate) fn flush(
+        &mut self,
+        refused: &mut Vec<FrameId>,
+        drops: &Drops,
+        mut send: impl FnMut(&[TxFrame]) -> Result<usize, Refusal>,
+    ) -> bool {
+        let (mut rest, before, mut lost) = (self.queued(), refused.len(), false);
+        while !rest.is_empty() {
+            if lost || refused.len() - before >= REFUSALS_PER_FLUSH_MAX {
+                refused.extend(rest.iter().map(TxFrame::id));
+                break;
+            }
+            match send(rest) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(refusal) if refusal.error.kind() == io::ErrorKind::Interrupted => {}
+                Err(Refusal { frames, error }) => {
+                    log::trace!("frame refused: {error}");
+                    // A full send buffer stays full for the rest of the batch; anything else may be these frames' alone.
+                    let full = error.kind() == io::ErrorKind::WouldBlock;
+                    let (gone, others) = rest.split_at(if full { rest.len() } else { frames });
+                    refused.extend(gone.iter().map(TxFrame::id));
+                    rest = others;
+                    lost = means_lost(&error);
+                }
+            }
+        }
+        drops.refused.fetch_add((refused.len() - before) as u64, Ordering::Relaxed);
+        self.clear();
+        lost
+    }
+
+    /// Refuses all queued frames: there is nothing to send them on.
+    pub(crate) fn refuse(&mut self, refused: &mut Vec<FrameId>, drops: &Drops) {
+        refused.extend(self.queued().iter().map(TxFrame::id));
+        drops.refused.fetch_add(self.queued as u64, Ordering::Relaxed);
+        self.clear();
     }
 
     /// Forgets the queued frames and every run in them.

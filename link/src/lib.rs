@@ -1,26 +1,35 @@
-//! Frames in and out of a machine: the only crate that knows packet sockets.
+//! Frames in and out of a machine: the only crate that knows how the kernel carries them.
 //!
 //! Knows whole Ethernet frames and what the kernel does with them; does not know what is in them, but for the two bytes that pick a worker.
 //! Both daemons' workers drive a [`Link`]; layers (`tap`, `faults`) stand between with the same trait.
 
+pub mod any;
+mod claim;
 pub mod clock;
+mod drops;
 pub mod faults;
 mod frame;
 pub mod memory;
 mod mmap;
+mod open_error;
 pub mod packet;
+mod program;
 pub mod random;
 pub mod spin;
 pub mod stack;
 mod sys;
 pub mod tap;
 pub mod taps;
+pub mod udp;
+mod vectors;
 pub mod wait;
 
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;
 
+pub use drops::Drops;
 pub use frame::{Cut, FRAMES_QUEUED_MAX, FramePool, Run, TxFrame};
+pub use open_error::OpenError;
 
 /// A frame that came in.
 #[derive(Clone, Copy, Debug)]

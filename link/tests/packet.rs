@@ -9,16 +9,13 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use cirro_link::packet::{self, OpenError, PacketLink};
+use cirro_link::packet::{self, PacketLink};
 use cirro_link::wait::Waiter;
 use cirro_link::{FRAMES_QUEUED_MAX, FrameId, Link, clock};
-use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{MacAddress, Steer};
+use support::frames::{ETHERTYPE, LONG, SHORT, drain, flush, put, receive_within, send};
 use support::netns::{INTERFACE, Namespace, VethPair};
-
-const ETHERTYPE: u16 = 0x88b5;
-const SHORT: u8 = 1 << 5;
-const LONG: u8 = 1 << 5 | 1 << 4;
 
 fn open(namespace: &Namespace, workers: u16) -> (u16, Vec<PacketLink>) {
     namespace.enter(|| packet::open(INTERFACE, ETHERTYPE, workers).unwrap())
@@ -26,56 +23,6 @@ fn open(namespace: &Namespace, workers: u16) -> (u16, Vec<PacketLink>) {
 
 fn open_one(namespace: &Namespace) -> PacketLink {
     open(namespace, 1).1.remove(0)
-}
-
-/// A frame whose body after the four bytes that the kernel looks at is `body`.
-fn put(link: &mut PacketLink, to: MacAddress, vt: u8, steer: Steer, body: &[u8], pn: u64) {
-    let from = link.address();
-    let head = &mut link.frame().expect("room").head;
-    head.extend_from_slice(&to.0);
-    head.extend_from_slice(&from.0);
-    head.extend_from_slice(&ETHERTYPE.to_be_bytes());
-    head.extend_from_slice(&[vt, 0]);
-    head.extend_from_slice(&steer.0.to_be_bytes());
-    head.extend_from_slice(body);
-    link.commit(FrameId { session: 5, pn });
-}
-
-fn flush(link: &mut PacketLink) -> Vec<FrameId> {
-    let mut refused = Vec::new();
-    link.flush(&mut refused);
-    refused
-}
-
-fn send(link: &mut PacketLink, to: MacAddress, vt: u8, steer: Steer, body: &[u8]) {
-    put(link, to, vt, steer, body, 1);
-    assert_eq!(flush(link), []);
-}
-
-/// What comes within 30 ms (a veth delivers before the send returns, or a moment later): the bytes after `steer`.
-fn drain(link: &mut PacketLink) -> Vec<Vec<u8>> {
-    let mut bodies = Vec::new();
-    let until = clock::now() + Nanos::from_millis(30);
-    while clock::now() < until {
-        while let Some(frame) = link.receive() {
-            bodies.push(frame.bytes[18..].to_vec());
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    bodies
-}
-
-fn receive_within(link: &mut PacketLink, span: Nanos) -> Option<(Vec<u8>, Instant)> {
-    let until = clock::now() + span;
-    loop {
-        if let Some(frame) = link.receive() {
-            return Some((frame.bytes.to_vec(), frame.arrival));
-        }
-        if clock::now() >= until {
-            return None;
-        }
-        std::thread::sleep(Duration::from_micros(200));
-    }
 }
 
 #[test]
@@ -423,10 +370,10 @@ fn errors_of_opening_say_what_is_wrong_with_what() {
     wire.b.run(&format!("ip link set {INTERFACE} mtu 1400"));
     let fail =
         |end: &Namespace, name: &str| end.enter(|| packet::open(name, ETHERTYPE, 1).map(|_| ()).unwrap_err());
-    assert!(matches!(fail(&wire.a, "nothere0"), OpenError::NoInterface { .. }));
-    assert!(matches!(fail(&wire.a, INTERFACE), OpenError::Down { .. }));
+    assert!(matches!(fail(&wire.a, "nothere0"), cirro_link::OpenError::NoInterface { .. }));
+    assert!(matches!(fail(&wire.a, INTERFACE), cirro_link::OpenError::Down { .. }));
     let error = fail(&wire.b, INTERFACE);
-    assert!(matches!(error, OpenError::Mtu { mtu: 1400, .. }), "{error}");
+    assert!(matches!(error, cirro_link::OpenError::Mtu { mtu: 1400, .. }), "{error}");
     assert!(error.to_string().contains("wire0 has MTU 1400"), "{error}");
 }
 
@@ -444,7 +391,7 @@ fn the_sixty_fifth_process_is_told_that_no_number_is_left() {
         };
         let mut held: Vec<_> = (0..64).map(claim).collect();
         let error = packet::open(INTERFACE, ETHERTYPE, 1).map(|_| ()).unwrap_err();
-        assert!(matches!(error, OpenError::NoProcessNumber { .. }), "{error}");
+        assert!(matches!(error, cirro_link::OpenError::NoProcessNumber { .. }), "{error}");
         held.remove(37);
         assert_eq!(packet::open(INTERFACE, ETHERTYPE, 1).unwrap().0, 37);
     });

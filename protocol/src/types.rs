@@ -4,8 +4,8 @@
 
 /// The EtherType of our frames by default: IEEE 802 local experimental 1.
 pub const ETHERTYPE_DEFAULT: u16 = 0x88B5;
-/// Smallest supported link MTU, bytes after the Ethernet header.
-pub const MTU_MIN: usize = 1500;
+/// Smallest supported link MTU, bytes after the Ethernet header: what UDP over IPv4 leaves of 1500.
+pub const MTU_MIN: usize = 1472;
 /// Largest supported link MTU, bytes after the Ethernet header (what veth and loopback allow).
 pub const MTU_MAX: usize = 65535;
 /// Bytes of an Ethernet header without a VLAN tag.

@@ -3,8 +3,10 @@
 //! Knows names, ranges and what goes with what; opens nothing. Called by `main`. A flag wins over the file; volumes of both are served, and
 //! a volume named on the command line hides one of the same name in the file.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use cirro_link::any::{BadSettings, Mode, Settings};
 use cirro_protocol::types::{REQUEST_BYTES_MAX, Steer, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
@@ -31,6 +33,12 @@ pub struct Flags {
     /// The network interface that leads to the backends.
     #[arg(long, value_name = "IF")]
     pub link: Option<String>,
+    /// How frames are carried [default: packet].
+    #[arg(long, value_name = "packet|udp")]
+    pub link_mode: Option<Mode>,
+    /// With --link-mode udp: the IPv4 address of a machine to tell when this node has started. Can be given many times.
+    #[arg(long = "udp-peer", value_name = "IPV4")]
+    pub udp_peers: Vec<Ipv4Addr>,
     /// Serve a volume: NAME=PATH[,ro][,serial=S][,io=direct|buffered][,durability=write-through|write-back]; or NAME=ram:SIZE[,serial=S],
     /// which is memory that ends with the node, for scratch disks (SIZE as in 512M or 4G). Can be given many times.
     #[arg(long = "volume", value_name = "NAME=PATH[,OPTION]...")]
@@ -79,6 +87,9 @@ pub enum Security {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
     link: Option<String>,
+    link_mode: Option<String>,
+    #[serde(default)]
+    udp_peers: Vec<Ipv4Addr>,
     security: Option<Security>,
     state_dir: Option<PathBuf>,
     ctl_socket: Option<PathBuf>,
@@ -108,7 +119,7 @@ struct FileVolume {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The interface.
-    pub link: String,
+    pub link: Settings,
     /// At least one, each name once.
     pub volumes: Vec<VolumeSpec>,
     /// Where owners and identity are kept.
@@ -164,6 +175,9 @@ pub enum ConfigError {
         /// How many.
         count: usize,
     },
+    /// The link's settings do not go together.
+    #[error(transparent)]
+    Link(#[from] BadSettings),
     /// Keys are not there yet.
     #[error("--security keys is not in this version; use --security none on a wire that you trust")]
     Keys,
@@ -203,7 +217,11 @@ impl Config {
         in_range("workers", workers.into(), 1, Steer::WORKERS_MAX.into())?;
         in_range("poll-us", poll_us.into(), 0, POLL_US_MAX.into())?;
         Ok(Config {
-            link: link.ok_or(ConfigError::NoLink)?,
+            link: Settings::new(
+                link.ok_or(ConfigError::NoLink)?,
+                (flags.link_mode, parsed.link_mode),
+                (&flags.udp_peers, parsed.udp_peers),
+            )?,
             volumes,
             state_dir: flags.state_dir.clone().or(parsed.state_dir).unwrap_or(STATE_DIR_DEFAULT.into()),
             ctl_socket: flags.ctl_socket.clone().or(parsed.ctl_socket).unwrap_or(CTL_SOCKET_DEFAULT.into()),
@@ -310,7 +328,7 @@ mod tests {
             "/tmp/c",
         ]);
         let config = Config::new(&flags, None).unwrap();
-        assert_eq!((config.link.as_str(), config.workers, config.poll_us), ("eth1", 1, 20));
+        assert_eq!((config.link.interface.as_str(), config.workers, config.poll_us), ("eth1", 1, 20));
         assert_eq!((config.state_dir, config.ctl_socket), ("/tmp/s".into(), "/tmp/c".into()));
         let [a, b] = &config.volumes[..] else { panic!("two volumes") };
         assert_eq!((a.name.as_str(), a.path.as_path()), ("a", Path::new("/srv/a.img")));
@@ -328,7 +346,7 @@ mod tests {
                     read-only = true\n[[volume]]\nname = \"b\"\npath = \"/b,c\"\nio = \"direct\"\ndurability = \"write-through\"\n";
         let flags = flags(&["--link", "eth9", "--volume", "a=/of/flag"]);
         let config = Config::new(&flags, Some((Path::new("n.toml"), file))).unwrap();
-        assert_eq!((config.link.as_str(), config.workers, config.poll_us), ("eth9", 3, 0));
+        assert_eq!((config.link.interface.as_str(), config.workers, config.poll_us), ("eth9", 3, 0));
         assert_eq!((config.write_pool_bytes, config.read_pool_bytes), (8 << 20, 128 << 20));
         let paths: Vec<_> = config.volumes.iter().map(|v| v.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["/of/flag", "/b,c"]);

@@ -14,11 +14,11 @@ use cirro_ctl::report::{self, NodeReport, Report};
 use cirro_ctl::request::{Request, TapFile, TapPopped, TapPush, TapPushed};
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::packet::{self, Drops, PacketLink};
+use cirro_link::any::{self, AnyLink};
 use cirro_link::stack::stack;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps, Way};
-use cirro_link::{Link, clock, random};
+use cirro_link::{Drops, Link, clock, random};
 use cirro_node::config::{Config, Flags};
 use cirro_node::node::{Directory, Meter, NodeConfig, NodeWorker, Snapshot};
 use cirro_node::owner::OwnerRecord;
@@ -50,12 +50,12 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let state = Arc::new(StateDir::open(&config.state_dir, random::fill)?);
     let owner_of = |volume: &Volume| Ok(state.read_owner(&volume.name)?.found_by(volume.is_volatile()));
     let owners = volumes.iter().map(owner_of).collect::<anyhow::Result<Vec<OwnerRecord>>>()?;
-    let (process, links) = packet::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
-        .with_context(|| format!("cannot open link {}", config.link))?;
+    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
+        .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let facts = link_facts(&config, &links, started);
     log::warn!(
         "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
-        config.link
+        config.link.interface
     );
 
     let worker_of = |index: usize| (index % usize::from(config.workers)) as u16;
@@ -85,7 +85,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let mut control = Control { started, link: facts, views, waiting: Arc::clone(&waiting), taps };
     let server = Server::start(&config.ctl_socket, move |request: Request| control.answer(&request))?;
     serve_what_is_free(&waiting);
-    log::info!("node {} is ready on {} as process {process}", state.node, config.link);
+    log::info!("node {} is ready on {} as process {process}", state.node, config.link.interface);
 
     wait_for_locks(&waiting, &stop);
     stop.wait();
@@ -112,9 +112,9 @@ fn read_config(flags: &Flags) -> anyhow::Result<Config> {
     Ok(Config::new(flags, file).map_err(|error| Usage::new(error.to_string()))?)
 }
 
-fn link_facts(config: &Config, links: &[PacketLink], started: Instant) -> report::Link {
+fn link_facts(config: &Config, links: &[AnyLink], started: Instant) -> report::Link {
     report::Link {
-        interface: config.link.clone(),
+        interface: config.link.interface.clone(),
         address: links.first().map_or(String::new(), |link| link.address().to_string()),
         mtu: links.first().map_or(0, |link| link.mtu() as u32),
         state: report::State::plain(report::LinkState::Up, started.0),
@@ -150,7 +150,7 @@ struct View {
 }
 
 impl Common<'_> {
-    fn start_worker(&self, index: u16, link: PacketLink) -> anyhow::Result<Running> {
+    fn start_worker(&self, index: u16, link: AnyLink) -> anyhow::Result<Running> {
         let config = self.config;
         let mut random_seed = [0; 16];
         random::fill(&mut random_seed);

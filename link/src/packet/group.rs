@@ -6,8 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -16,17 +15,15 @@ use cirro_protocol::types::{MTU_MAX, MTU_MIN, MacAddress, Steer};
 use socket2::{Domain, Socket, Type};
 
 use super::ring::Ring;
-use super::{OpenError, program, sys};
-use crate::frame::FRAMES_QUEUED_MAX;
-use crate::sys::{epoll_control, epoll_create};
+use super::sys;
+use crate::OpenError;
+use crate::claim::claim;
+use crate::frame::send_buffer_bytes;
+use crate::program;
+use crate::sys::{self as kernel, Buffer, epoll_control, epoll_create};
 
 /// How often a lost interface is looked for, by all workers together.
 pub(super) const LOOK_EVERY: Nanos = Nanos::from_millis(50);
-/// Batches of full frames that the kernel holds until the interface takes them. What is beyond is refused, which is known at once.
-const SEND_BATCHES: usize = 4;
-/// What the kernel keeps beside a frame's bytes (sk_buff and skb_shared_info), rounded up.
-const FRAME_OVERHEAD_BYTES: usize = 1024;
-
 /// One worker's socket with its ring, and what the interface was like when it was opened.
 #[derive(Debug)]
 pub(super) struct Port {
@@ -118,10 +115,10 @@ impl Group {
     /// What the interface is like now; `None` if there is none of this name or it is down.
     pub(super) fn look(&self, fd: impl AsFd) -> Option<Facts> {
         let (fd, name) = (fd.as_fd(), self.interface.as_str());
-        let index = sys::interface_index(fd, name).ok()?;
-        let up = sys::interface_is_up(fd, name).ok()?;
-        let mtu = sys::interface_mtu(fd, name).ok()?;
-        let address = sys::interface_address(fd, name).ok()?;
+        let index = kernel::interface_index(fd, name).ok()?;
+        let up = kernel::interface_is_up(fd, name).ok()?;
+        let mtu = kernel::interface_mtu(fd, name).ok()?;
+        let address = kernel::interface_address(fd, name).ok()?;
         up.then_some(Facts { index, address, mtu })
     }
 
@@ -176,7 +173,7 @@ impl Group {
     /// Opens a port for every worker, in order, and leaves them waiting. A worker that sleeps is woken by the first frame on its new port.
     fn open_ports(&self, opening: &mut Opening) -> Result<u16, OpenError> {
         let asked = self.new_socket()?;
-        let index = sys::interface_index(asked.as_fd(), &self.interface)
+        let index = kernel::interface_index(asked.as_fd(), &self.interface)
             .map_err(|cause| OpenError::NoInterface { interface: self.interface.clone(), cause })?;
         let process = self.claim_process(opening, index)?;
         let mut ports = Vec::with_capacity(usize::from(self.workers));
@@ -201,19 +198,15 @@ impl Group {
             Some(claim) => claim.process..claim.process + 1,
             None => 0..Steer::PROCESSES_MAX,
         };
-        for process in candidates {
-            let name = format!("cirro-{index}-{process}");
-            let address = SocketAddr::from_abstract_name(name).map_err(self.failed("process number"))?;
-            match UnixDatagram::bind_addr(&address) {
-                Ok(held) => {
-                    opening.claim = Some(Claim { index, process, _held: held });
-                    return Ok(process);
-                }
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                Err(error) => return Err(self.failed("process number")(error)),
-            }
-        }
-        Err(OpenError::NoProcessNumber { interface: self.interface.clone() })
+        let taken = claim(&index.to_string(), candidates).map_err(self.failed("process number"))?;
+        let Some((process, held)) = taken else {
+            return Err(OpenError::NoProcessNumber {
+                interface: self.interface.clone(),
+                most: Steer::PROCESSES_MAX,
+            });
+        };
+        opening.claim = Some(Claim { index, process, _held: held });
+        Ok(process)
     }
 
     /// A socket that receives nothing (protocol 0) before the filter is there and it is bound.
@@ -228,24 +221,16 @@ impl Group {
         let fd = socket.as_fd();
         let facts = self.look(fd).ok_or_else(|| OpenError::Down { interface: self.interface.clone() })?;
         if !(MTU_MIN..=MTU_MAX).contains(&facts.mtu) {
-            return Err(OpenError::Mtu { interface: self.interface.clone(), mtu: facts.mtu });
+            return Err(OpenError::mtu(&self.interface, facts.mtu, 0));
         }
-        sys::set_program(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut program::frames_for(steer))
+        kernel::set_program(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut program::frames_for(steer))
             .map_err(self.failed("socket filter"))?;
         let ring = Ring::new(fd, facts.mtu).map_err(self.failed("receive ring"))?;
-        self.size_send_buffer(&socket, facts.mtu)?;
+        kernel::set_buffer(fd, Buffer::Send, send_buffer_bytes(facts.mtu))
+            .map_err(self.failed("send buffer"))?;
         sys::bind(fd, facts.index, self.ethertype).map_err(self.failed("bind"))?;
         self.join(&socket, group)?;
         Ok(Port { ring, facts, socket: OwnedFd::from(socket) })
-    }
-
-    /// The kernel counts a frame by the memory it takes, a power of two, and doubles what it is asked for; so this leaves twice the room.
-    fn size_send_buffer(&self, socket: &Socket, mtu: usize) -> Result<(), OpenError> {
-        let frame_bytes = (mtu + FRAME_OVERHEAD_BYTES).next_power_of_two();
-        let bytes = SEND_BATCHES * FRAMES_QUEUED_MAX * frame_bytes;
-        // The forced size needs CAP_NET_ADMIN; without it the kernel's limit holds, and refused frames tell.
-        let forced = sys::set_option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(bytes as i32));
-        forced.or_else(|_| socket.set_send_buffer_size(bytes)).map_err(self.failed("send buffer"))
     }
 
     /// Joins the fan-out group: the first member has the kernel pick an unused number for it, and gives it its program.
@@ -258,13 +243,18 @@ impl Group {
             Some(number) => u32::from(number) | kind,
             None => kind | (libc::PACKET_FANOUT_FLAG_UNIQUEID << 16),
         };
-        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &argument)
+        kernel::set_option(fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &argument)
             .map_err(self.failed("fan-out group"))?;
         if group.is_none() {
             let number = sys::fanout(fd).map_err(self.failed("fan-out group"))? & 0xffff;
             *group = Some(number as u16);
-            sys::set_program(fd, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, &mut program::worker_of_frame())
-                .map_err(self.failed("fan-out program"))?;
+            kernel::set_program(
+                fd,
+                libc::SOL_PACKET,
+                libc::PACKET_FANOUT_DATA,
+                &mut program::worker_of_frame(),
+            )
+            .map_err(self.failed("fan-out program"))?;
         }
         Ok(())
     }

@@ -5,102 +5,30 @@
 //! made by the kernel. Knows interfaces, sockets and errors of sending; of a frame's content only the two bytes that pick a worker.
 
 mod group;
-mod program;
 mod ring;
 mod sys;
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{ETHERNET_BYTES, MTU_MAX, MTU_MIN, MacAddress, Steer};
+use cirro_protocol::types::{ETHERNET_BYTES, MacAddress};
 use socket2::SockRef;
 
 use self::group::{Facts, Group, LOOK_EVERY, Port};
 use self::sys::SendBatch;
 use crate::clock::{self, KernelClocks, Stamps};
-use crate::frame::FramePool;
-use crate::{FrameId, Link, Received, TxFrame};
+use crate::frame::{FramePool, Refusal, means_lost};
+use crate::{Drops, FrameId, Link, OpenError, Received, TxFrame};
 
 /// How often a socket on which nothing comes is asked for its pending error, which wakes its worker until somebody has asked. The question
 /// costs a spinning worker a system call of about 0.15 µs each time, less than 1 % of this.
 const ERROR_EVERY: Nanos = Nanos::from_micros(20);
 /// How often a link that seems well is asked whether its interface is still the one it was bound to.
 const CHECK_EVERY: Nanos = Nanos::from_secs(1);
-/// Frames of one flush that the kernel may refuse one by one before the rest is refused unasked: an interface that drops some (a full
-/// queue, a policer) still takes the others, one that drops all is not asked 64 times.
-const REFUSALS_PER_FLUSH_MAX: usize = 8;
 /// Workers of one process: what a fan-out group takes (PACKET_FANOUT_MAX of kernels before 5.10).
 pub const WORKERS_MAX: u16 = 256;
-
-/// Why a link could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// There is no such interface.
-    #[error("no interface named {interface}: {cause}")]
-    NoInterface {
-        /// Its name.
-        interface: String,
-        /// What the kernel says.
-        cause: io::Error,
-    },
-    /// Its MTU is outside what the protocol carries.
-    #[error(
-        "interface {interface} has MTU {mtu}; {MTU_MIN} to {MTU_MAX} is needed (ip link set {interface} mtu 9000)"
-    )]
-    Mtu {
-        /// Its name.
-        interface: String,
-        /// Its MTU.
-        mtu: usize,
-    },
-    /// It is down.
-    #[error("interface {interface} is down (ip link set {interface} up)")]
-    Down {
-        /// Its name.
-        interface: String,
-    },
-    /// 64 processes use the interface already, or another one took our number on an interface that came back.
-    #[error(
-        "no process number is free on interface {interface}: at most {} daemons share one",
-        Steer::PROCESSES_MAX
-    )]
-    NoProcessNumber {
-        /// Its name.
-        interface: String,
-    },
-    /// The kernel refused a step.
-    #[error("{step} on interface {interface}: {cause}")]
-    Kernel {
-        /// What was tried.
-        step: &'static str,
-        /// The interface.
-        interface: String,
-        /// What the kernel says.
-        cause: io::Error,
-    },
-}
-
-impl OpenError {
-    fn kernel(step: &'static str, interface: &str, cause: io::Error) -> OpenError {
-        OpenError::Kernel { step, interface: interface.to_owned(), cause }
-    }
-}
-
-/// What happened to one worker's link: counters that other threads may read.
-#[derive(Debug, Default)]
-pub struct Drops {
-    /// Received frames for which the ring had no room.
-    pub ring_full: AtomicU64,
-    /// Received frames longer than the MTU of when the ring was made.
-    pub truncated: AtomicU64,
-    /// Frames that the kernel would not send.
-    pub refused: AtomicU64,
-    /// Times the interface was opened anew.
-    pub reopened: AtomicU64,
-}
 
 /// The link of one worker.
 ///
@@ -133,7 +61,7 @@ pub struct PacketLink {
 }
 
 /// Opens the links of a process's `workers` on `interface`. Returns the process number (0 to 63), which with a worker's index makes its
-/// [`Steer`], and a link for each worker. The number is held while a link of the group lives.
+/// [`Steer`](cirro_protocol::types::Steer), and a link for each worker. The number is held while a link of the group lives.
 ///
 /// # Errors
 /// [`OpenError`], in words for an operator.
@@ -289,34 +217,12 @@ impl Link for PacketLink {
     }
 
     fn flush(&mut self, refused: &mut Vec<FrameId>) {
-        let (queued, refused_before) = (self.pool.queued(), refused.len());
-        let (mut done, mut lost) = (0, self.port.is_none());
-        while done < queued.len() {
-            let rest = &queued[done..];
-            let patience = refused.len() - refused_before < REFUSALS_PER_FLUSH_MAX;
-            let Some(port) = self.port.as_ref().filter(|_| patience && !lost) else {
-                refused.extend(rest.iter().map(TxFrame::id));
-                break;
-            };
-            match self.batch.send(port.socket.as_fd(), rest) {
-                Ok(sent) => done += sent,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    log::trace!("interface {}: frame refused: {error}", self.group.interface);
-                    // A full send buffer stays full for the rest of the batch; anything else may be this frame's alone.
-                    let full = error.kind() == io::ErrorKind::WouldBlock;
-                    let count = if full { rest.len() } else { 1 };
-                    refused.extend(rest[..count].iter().map(TxFrame::id));
-                    done += count;
-                    lost = means_lost(&error);
-                }
-            }
-        }
-        if lost && self.port.is_some() {
+        let Some(port) = &self.port else { return self.pool.refuse(refused, &self.drops) };
+        let (fd, batch) = (port.socket.as_fd(), &mut self.batch);
+        let send = |frames: &[TxFrame]| batch.send(fd, frames).map_err(|error| Refusal { frames: 1, error });
+        if self.pool.flush(refused, &self.drops, send) {
             self.lose("went away or down");
         }
-        self.drops.refused.fetch_add((refused.len() - refused_before) as u64, Ordering::Relaxed);
-        self.pool.clear();
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
@@ -326,9 +232,4 @@ impl Link for PacketLink {
     fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
-}
-
-/// The errors of a socket whose interface went down or away.
-fn means_lost(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV))
 }

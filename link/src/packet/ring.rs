@@ -8,8 +8,8 @@ use std::os::fd::BorrowedFd;
 
 use cirro_protocol::types::{ETHERNET_BYTES, MTU_MAX};
 
-use super::sys;
 use crate::mmap::Mapping;
+use crate::sys;
 
 /// Memory of a worker's ring: the largest congestion window. The kernel goes round the whole of it, so a larger one costs cache misses with
 /// every frame (16 MiB: 5 % of large requests, docs/decisions/0008-the-data-path.md); what does not fit is lost and sent again, as on a switch.

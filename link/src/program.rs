@@ -1,6 +1,6 @@
-//! The two classic BPF programs: which worker of a process gets a frame, and which process.
+//! The classic BPF programs: which worker of a process gets a frame, and which process.
 //!
-//! Knows the offsets of `vt` and `steer` and no other byte of a frame. Called when a port is opened.
+//! Knows the offsets of `vt` and `steer` and no other byte of a frame. Called when a link is opened.
 
 use cirro_protocol::types::{ETHERNET_BYTES, Steer};
 use cirro_protocol::wire::header::VT_LONG;
@@ -22,7 +22,7 @@ const fn jump(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
 
 /// Picks the group's member from the worker bits. In this program offset 0 is the first byte after the Ethernet header; the kernel takes the
 /// result modulo the number of members.
-pub(super) fn worker_of_frame() -> [libc::sock_filter; 3] {
+pub(crate) fn worker_of_frame() -> [libc::sock_filter; 3] {
     [
         statement(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, STEER),
         statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, u32::from(Steer::WORKERS_MAX - 1)),
@@ -30,9 +30,16 @@ pub(super) fn worker_of_frame() -> [libc::sock_filter; 3] {
     ]
 }
 
+/// The same for the sockets of one UDP port (SO_REUSEPORT): offset 0 is the first byte of the datagram, and a number that is no socket's would
+/// be taken for no answer, so the program divides by itself.
+pub(crate) fn worker_of_datagram(workers: u16) -> [libc::sock_filter; 4] {
+    let [load, mask, answer] = worker_of_frame();
+    [load, mask, statement(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, u32::from(workers)), answer]
+}
+
 /// Takes what is for our address or for all, and of that LONG frames and those with exactly this `steer`; drops the rest before it is copied
 /// anywhere. Here offset 0 is the first byte of the Ethernet header. A frame too short to have a `steer` is dropped.
-pub(super) fn frames_for(steer: Steer) -> [libc::sock_filter; 8] {
+pub(crate) fn frames_for(steer: Steer) -> [libc::sock_filter; 8] {
     let start = ETHERNET_BYTES as u32;
     [
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, PACKET_TYPE),

@@ -1,0 +1,229 @@
+//! A link of the kind that the operator chose: what both daemons hold, so that no worker knows which kind it drives.
+//!
+//! Knows the kinds by name and hands every call on; a branch a call is its whole cost. Used by both daemons' `main`.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use cirro_protocol::time::Instant;
+use cirro_protocol::types::MacAddress;
+
+use crate::packet::{self, PacketLink};
+use crate::udp::{self, UdpLink};
+use crate::{Drops, FrameId, Link, OpenError, Received, TxFrame};
+
+/// How frames are carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// By packet sockets: any Ethernet segment.
+    #[default]
+    Packet,
+    /// As UDP datagrams over IPv4: across routers.
+    Udp,
+}
+
+/// A name that is no [`Mode`]'s.
+#[derive(Debug, thiserror::Error)]
+#[error("no such link mode; there are: {}", Mode::ALL.map(Mode::name).join(", "))]
+pub struct BadMode;
+
+impl Mode {
+    /// Every mode.
+    pub const ALL: [Mode; 2] = [Mode::Packet, Mode::Udp];
+
+    /// Its name for operators.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mode::Packet => "packet",
+            Mode::Udp => "udp",
+        }
+    }
+}
+
+impl FromStr for Mode {
+    type Err = BadMode;
+
+    fn from_str(name: &str) -> Result<Mode, BadMode> {
+        Mode::ALL.into_iter().find(|mode| mode.name() == name).ok_or(BadMode)
+    }
+}
+
+/// The link of one worker, of any kind.
+#[derive(Debug)]
+pub enum AnyLink {
+    /// [`Mode::Packet`].
+    Packet(PacketLink),
+    /// [`Mode::Udp`].
+    Udp(UdpLink),
+}
+
+/// What an operator says of a link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The interface.
+    pub interface: String,
+    /// How frames are carried there.
+    pub mode: Mode,
+    /// With [`Mode::Udp`], the machines that get what is for all.
+    pub udp_peers: Vec<Ipv4Addr>,
+}
+
+/// Settings that do not go together.
+#[derive(Debug, thiserror::Error)]
+pub enum BadSettings {
+    /// The file names a mode that there is not.
+    #[error("link-mode: {0}")]
+    Mode(#[from] BadMode),
+    /// Peers were given to a link that needs none.
+    #[error("--udp-peer needs --link-mode udp: with packet sockets the whole segment is asked")]
+    PeersUnused,
+}
+
+impl Settings {
+    /// What an operator says by flags and in a file; a flag wins.
+    ///
+    /// # Errors
+    /// [`BadSettings`].
+    pub fn new(
+        interface: String,
+        mode: (Option<Mode>, Option<String>),
+        (flagged, listed): (&[Ipv4Addr], Vec<Ipv4Addr>),
+    ) -> Result<Settings, BadSettings> {
+        let listed_mode = mode.1.map(|name| name.parse()).transpose()?;
+        let mode = mode.0.or(listed_mode).unwrap_or_default();
+        let udp_peers = if flagged.is_empty() { listed } else { flagged.to_vec() };
+        if mode != Mode::Udp && !udp_peers.is_empty() {
+            return Err(BadSettings::PeersUnused);
+        }
+        Ok(Settings { interface, mode, udp_peers })
+    }
+}
+
+/// Opens the links of a process's `workers`. Returns the process number, which with a worker's index makes its
+/// [`Steer`](cirro_protocol::types::Steer), and a link for each worker. The number is held while one of the links lives.
+///
+/// # Errors
+/// [`OpenError`], in words for an operator.
+///
+/// # Panics
+/// If `workers` is 0 or more than [`packet::WORKERS_MAX`].
+pub fn open(settings: &Settings, ethertype: u16, workers: u16) -> Result<(u16, Vec<AnyLink>), OpenError> {
+    let Settings { interface, mode, udp_peers } = settings;
+    match mode {
+        Mode::Packet => {
+            let (process, links) = packet::open(interface, ethertype, workers)?;
+            Ok((process, links.into_iter().map(AnyLink::Packet).collect()))
+        }
+        Mode::Udp => {
+            let (process, links) = udp::open(interface, ethertype, workers, udp_peers)?;
+            Ok((process, links.into_iter().map(AnyLink::Udp).collect()))
+        }
+    }
+}
+
+/// Runs one expression on the link inside, whichever it is.
+macro_rules! each {
+    ($any:expr, $link:ident => $call:expr) => {
+        match $any {
+            AnyLink::Packet($link) => $call,
+            AnyLink::Udp($link) => $call,
+        }
+    };
+}
+
+impl AnyLink {
+    /// The name of the interface.
+    pub fn interface(&self) -> &str {
+        each!(self, link => link.interface())
+    }
+
+    /// True while frames can be sent.
+    pub fn is_open(&self) -> bool {
+        each!(self, link => link.is_open())
+    }
+
+    /// Counters to read from other threads.
+    pub fn drops(&self) -> Arc<Drops> {
+        each!(self, link => link.drops())
+    }
+}
+
+/// Readable when a frame has come. Another descriptor when the interface goes and comes back: ask for it before each wait.
+impl AsFd for AnyLink {
+    #[inline]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        each!(self, link => link.as_fd())
+    }
+}
+
+impl Link for AnyLink {
+    #[inline]
+    fn mtu(&self) -> usize {
+        each!(self, link => link.mtu())
+    }
+
+    #[inline]
+    fn address(&self) -> MacAddress {
+        each!(self, link => link.address())
+    }
+
+    #[inline]
+    fn receive(&mut self) -> Option<Received<'_>> {
+        each!(self, link => link.receive())
+    }
+
+    #[inline]
+    fn frame(&mut self) -> Option<&mut TxFrame> {
+        each!(self, link => link.frame())
+    }
+
+    #[inline]
+    fn commit(&mut self, id: FrameId) {
+        each!(self, link => link.commit(id));
+    }
+
+    #[inline]
+    fn flush(&mut self, refused: &mut Vec<FrameId>) {
+        each!(self, link => link.flush(refused));
+    }
+
+    #[inline]
+    fn poll_timeout(&self) -> Option<Instant> {
+        each!(self, link => link.poll_timeout())
+    }
+
+    #[inline]
+    fn take_changed(&mut self) -> bool {
+        each!(self, link => link.take_changed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_mode_is_known_by_its_name_and_another_name_is_refused_with_the_list() {
+        for mode in Mode::ALL {
+            assert_eq!(mode.name().parse::<Mode>().unwrap(), mode);
+        }
+        assert_eq!("packet".parse::<Mode>().unwrap(), Mode::default());
+        let error = "pigeon".parse::<Mode>().unwrap_err().to_string();
+        assert!(error.starts_with("no such link mode; there are: packet, udp"), "{error}");
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_peers_need_udp() {
+        let peer = Ipv4Addr::new(192, 0, 2, 1);
+        let new = |flag, file: Option<&str>, peers: &[Ipv4Addr]| {
+            Settings::new("eth0".into(), (flag, file.map(str::to_owned)), (peers, Vec::new()))
+        };
+        assert_eq!(new(None, None, &[]).unwrap().mode, Mode::Packet);
+        assert_eq!(new(None, Some("udp"), &[peer]).unwrap().udp_peers, [peer]);
+        assert_eq!(new(Some(Mode::Packet), Some("udp"), &[]).unwrap().mode, Mode::Packet);
+        assert!(new(None, Some("pigeon"), &[]).unwrap_err().to_string().starts_with("link-mode: no such"));
+        assert!(new(None, None, &[peer]).unwrap_err().to_string().contains("--link-mode udp"));
+    }
+}
