@@ -102,10 +102,10 @@ impl Machine {
         self.namespace.shell(&format!("cat /sys/class/net/{INTERFACE}/address")).trim().to_owned()
     }
 
-    /// Switches what the kernel does to save TCP from cutting its own segments.
+    /// Switches what the kernel does to save TCP and UDP from cutting their own segments.
     pub fn set_segmentation_offload(&self, on: bool) {
         let state = if on { "on" } else { "off" };
-        self.namespace.shell(&format!("ethtool -K {INTERFACE} tso {state} gso {state} gro {state}"));
+        self.namespace.shell(&format!("ethtool -K {INTERFACE} tso {state} gso {state} gro {state} tx-udp-segmentation {state}"));
     }
 
     fn finish(&self) {

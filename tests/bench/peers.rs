@@ -29,6 +29,10 @@ pub(crate) enum Peer {
     OursRam,
     /// cirro-backend and cirro-node that never spin.
     OursSleeping,
+    /// cirro-backend and cirro-node with `--link-mode udp`; segmentation offloads off.
+    OursUdp,
+    /// The same with segmentation offloads on.
+    OursUdpOffload,
     /// qemu-storage-daemon, NBD over TCP, nbdkit; segmentation offloads off.
     Nbd,
     /// The same with segmentation offloads on.
@@ -43,9 +47,11 @@ pub(crate) enum Peer {
 
 impl Peer {
     /// Those of the main tables.
-    pub(crate) const ALL: [Peer; 8] = [
+    pub(crate) const ALL: [Peer; 10] = [
         Peer::Ours,
         Peer::OursRam,
+        Peer::OursUdp,
+        Peer::OursUdpOffload,
         Peer::Also,
         Peer::Nbd,
         Peer::NbdOffload,
@@ -60,6 +66,8 @@ impl Peer {
             Peer::Also => "cirrostratus, other build",
             Peer::OursRam => "cirrostratus, `ram:` volume",
             Peer::OursSleeping => "cirrostratus, `--poll-us 0`",
+            Peer::OursUdp => "cirrostratus over UDP, offloads off",
+            Peer::OursUdpOffload => "cirrostratus over UDP, offloads on",
             Peer::Nbd => "NBD over TCP, offloads off",
             Peer::NbdOffload => "NBD over TCP, offloads on",
             Peer::QemuNbd => "NBD over TCP to qemu-nbd, offloads off",
@@ -75,6 +83,7 @@ impl Peer {
             Peer::Also => "also",
             Peer::OursRam => "ram",
             Peer::OursSleeping => "sleeping",
+            Peer::OursUdp | Peer::OursUdpOffload => "udp",
             Peer::Nbd | Peer::NbdOffload => "nbd",
             Peer::QemuNbd => "qemunbd",
             Peer::Local => "local",
@@ -107,7 +116,7 @@ impl Peers {
                 continue;
             }
             let daemon = match peer {
-                Peer::Ours | Peer::OursRam => peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?,
+                Peer::Ours | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?,
                 Peer::OursSleeping => peers.start_ours(lab, scratch, peer, (Some(0), None))?,
                 Peer::Also => peers.start_ours(lab, scratch, peer, (ours.poll_us, ours.also.as_deref()))?,
                 Peer::Nbd | Peer::NbdOffload => {
@@ -148,7 +157,9 @@ impl Peers {
         let spin = poll_us.map(|us| us.to_string());
         let spin: Vec<&str> = spin.iter().flat_map(|us| ["--poll-us", us.as_str()]).collect();
         let volume = format!("{name}={}", path.display());
-        let launch = |name| Launch::new(name).with(&spin).of_build(build);
+        let udp = ["--link-mode", "udp", "--udp-peer", lab.store().address()];
+        let link: &[&str] = if peer.front() == "udp" { &udp } else { &[] };
+        let launch = |name| Launch::new(name).with(&spin).with(link).of_build(build);
         self.back.push(launch(&node).node(lab.store(), scratch, &[volume]));
         Ok(launch(name).with(&["--queues", "4", "--queue-size", "1024"]).backend(lab.host(), scratch, name))
     }
@@ -184,7 +195,8 @@ impl Peers {
 
     /// Sets the wire and the processors as `peer` is to have them.
     pub(crate) fn prepare(&self, lab: &Lab, peer: Peer, placement: Placement) -> Result<()> {
-        lab.machines().iter().for_each(|machine| machine.set_segmentation_offload(peer == Peer::NbdOffload));
+        let offload = matches!(peer, Peer::NbdOffload | Peer::OursUdpOffload);
+        lab.machines().iter().for_each(|machine| machine.set_segmentation_offload(offload));
         self.front.iter().try_for_each(|(_, daemon)| pin(daemon.pid(), placement, 0))?;
         self.back.iter().try_for_each(|daemon| pin(daemon.pid(), placement, 1))
     }
