@@ -105,7 +105,9 @@ impl Machine {
     /// Switches what the kernel does to save TCP and UDP from cutting their own segments.
     pub fn set_segmentation_offload(&self, on: bool) {
         let state = if on { "on" } else { "off" };
-        self.namespace.shell(&format!("ethtool -K {INTERFACE} tso {state} gso {state} gro {state} tx-udp-segmentation {state}"));
+        self.namespace.shell(&format!(
+            "ethtool -K {INTERFACE} tso {state} gso {state} gro {state} tx-udp-segmentation {state}"
+        ));
     }
 
     fn finish(&self) {

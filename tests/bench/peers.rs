@@ -116,7 +116,9 @@ impl Peers {
                 continue;
             }
             let daemon = match peer {
-                Peer::Ours | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?,
+                Peer::Ours | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => {
+                    peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?
+                }
                 Peer::OursSleeping => peers.start_ours(lab, scratch, peer, (Some(0), None))?,
                 Peer::Also => peers.start_ours(lab, scratch, peer, (ours.poll_us, ours.also.as_deref()))?,
                 Peer::Nbd | Peer::NbdOffload => {
