@@ -25,7 +25,7 @@ suites=(
     'golden|10|cargo test --workspace --profile checked --test golden --locked'
     'dissector|15|cargo test --workspace --profile checked --test dissector --locked'
     'fuzz|110|tests/fuzz/run.sh build'
-    'sim|200|cargo test --workspace --profile checked --bin cirro-sim --locked && "$target/checked/cirro-sim" --from 1 --count 8000 && "$target/checked/cirro-sim" --random --count 1500'
+    'sim|200|cargo test --workspace --profile checked --bin cirro-sim --locked && "$target/checked/cirro-sim" --from 1 --count 9000 && "$target/checked/cirro-sim" --random --count 1500'
     'instructions|40|tests/instructions.sh'
     'e2e|300|CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --lib --test e2e --locked -- --test-threads=1'
     'udp|55|CIRRO_LINK_MODE=udp CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1 matrix::what_is_written_is_read_at_mtu_1500 path:: sessions::requests_wait sharing::two_nodes ownership::of_two'

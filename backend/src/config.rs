@@ -7,7 +7,8 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use cirro_link::any::{BadSettings, Mode, Settings};
-use cirro_protocol::types::{MacAddress, Steer, VolumeName};
+use cirro_link::packet::WORKERS_MAX;
+use cirro_protocol::types::{MacAddress, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
 
@@ -317,7 +318,7 @@ impl Config {
         }
         let workers = flags.workers.or(file.workers).unwrap_or(1);
         let poll_us = flags.poll_us.or(file.poll_us).unwrap_or(POLL_US_DEFAULT);
-        in_range("workers", workers.into(), 1..=Steer::WORKERS_MAX.into(), "1 to 1024")?;
+        in_range("workers", workers.into(), 1..=WORKERS_MAX.into(), "1 to 256")?;
         in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
         Ok(Config {
             link,

@@ -134,16 +134,6 @@ macro_rules! each {
 }
 
 impl AnyLink {
-    /// The name of the interface.
-    pub fn interface(&self) -> &str {
-        each!(self, link => link.interface())
-    }
-
-    /// True while frames can be sent.
-    pub fn is_open(&self) -> bool {
-        each!(self, link => link.is_open())
-    }
-
     /// Counters to read from other threads.
     pub fn drops(&self) -> Arc<Drops> {
         each!(self, link => link.drops())

@@ -75,7 +75,7 @@ pub trait Link {
     fn flush(&mut self, refused: &mut Vec<FrameId>);
 
     /// When [`Link::receive`] and [`Link::flush`] must be called although no frame came, if ever: a lost interface is looked for then, or a
-    /// frame that a layer held back is due.
+    /// frame that a layer held back is due, or frames wait in the link of which its descriptor does not tell.
     fn poll_timeout(&self) -> Option<Instant> {
         None
     }

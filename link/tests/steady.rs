@@ -12,11 +12,8 @@ use cirro_link::wait::Waiter;
 use cirro_link::{FRAMES_QUEUED_MAX, FrameId, Link, Run, clock};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{MacAddress, Steer};
+use support::frames::{ETHERTYPE, SESSION, SHORT, flush, put, receive_within};
 use support::netns::{INTERFACE, Namespace, VethPair};
-
-const ETHERTYPE: u16 = 0x88b5;
-/// `vt` of a short frame: version 1.
-const SHORT: u8 = 1 << 5;
 
 fn open(namespace: &Namespace, workers: u16) -> (u16, Vec<PacketLink>) {
     namespace.enter(|| packet::open(INTERFACE, ETHERTYPE, workers).unwrap())
@@ -29,27 +26,6 @@ fn open_one(namespace: &Namespace) -> PacketLink {
 /// The 18 bytes that every frame here begins with.
 fn header(to: MacAddress, from: MacAddress, steer: Steer) -> Vec<u8> {
     [&to.0[..], &from.0, &ETHERTYPE.to_be_bytes(), &[SHORT, 0], &steer.0.to_be_bytes()].concat()
-}
-
-fn put(link: &mut PacketLink, to: MacAddress, steer: Steer, body: &[u8], pn: u64) {
-    let from = link.address();
-    let head = &mut link.frame().expect("room").head;
-    head.extend_from_slice(&header(to, from, steer));
-    head.extend_from_slice(body);
-    link.commit(FrameId { session: 9, pn });
-}
-
-fn receive_within(link: &mut PacketLink, span: Nanos) -> Option<(Vec<u8>, Instant)> {
-    let until = clock::now() + span;
-    loop {
-        if let Some(frame) = link.receive() {
-            return Some((frame.bytes.to_vec(), frame.arrival));
-        }
-        if clock::now() >= until {
-            return None;
-        }
-        std::thread::sleep(Duration::from_micros(100));
-    }
 }
 
 /// Sends a frame whose data lies in pieces of `piece` bytes of `memory`, taken from its end to its start, with a byte of the head between.
@@ -68,9 +44,7 @@ fn send_scattered(link: &mut PacketLink, to: MacAddress, memory: &'static [u8], 
         expected.extend_from_slice(bytes);
     }
     link.commit(FrameId::default());
-    let mut refused = Vec::new();
-    link.flush(&mut refused);
-    assert_eq!(refused, []);
+    assert_eq!(flush(link), []);
     expected
 }
 
@@ -107,7 +81,7 @@ fn each_of_one_two_or_three_workers_gets_what_is_steered_to_it() {
         let to = links[0].address();
         for round in 0..20u8 {
             for worker in 0..workers {
-                put(&mut a, to, Steer::new(process, worker), &[worker as u8, round, 3], 1);
+                put(&mut a, to, SHORT, Steer::new(process, worker), &[worker as u8, round, 3], 1);
             }
         }
         let mut refused = Vec::new();
@@ -133,7 +107,7 @@ fn a_flood_that_nobody_reads_refuses_by_name_and_ends_nothing() {
     let (mut refused, mut committed) = (Vec::new(), 0u64);
     for _ in 0..50 {
         while a.frame().is_some() {
-            put(&mut a, to, Steer::new(0, 0), &[7; 8000], committed);
+            put(&mut a, to, SHORT, Steer::new(0, 0), &[7; 8000], committed);
             committed += 1;
         }
         a.flush(&mut refused);
@@ -141,7 +115,7 @@ fn a_flood_that_nobody_reads_refuses_by_name_and_ends_nothing() {
     assert_eq!(committed, 50 * FRAMES_QUEUED_MAX as u64);
     assert!(refused.len() > 1000, "only {} refused: the queue is too long for this test", refused.len());
     assert!(refused.is_sorted_by(|before, after| before.pn < after.pn), "each at most once");
-    assert!(refused.iter().all(|id| id.session == 9 && id.pn < committed));
+    assert!(refused.iter().all(|id| id.session == SESSION && id.pn < committed));
     assert_eq!(a.drops().refused.load(Ordering::Relaxed), refused.len() as u64);
     // What was not refused arrives, and the link is as good as before.
     let mut came = 0;
@@ -151,7 +125,7 @@ fn a_flood_that_nobody_reads_refuses_by_name_and_ends_nothing() {
     }
     wire.a.run(&format!("tc qdisc del dev {INTERFACE} root"));
     assert!(a.is_open() && !a.take_changed());
-    put(&mut a, to, Steer::new(0, 0), b"after", 1);
+    put(&mut a, to, SHORT, Steer::new(0, 0), b"after", 1);
     refused.clear();
     a.flush(&mut refused);
     assert_eq!(refused, []);
@@ -166,7 +140,7 @@ fn arrivals_never_go_back_and_are_of_now() {
     for round in 0..300u64 {
         let before = clock::now();
         for pn in 0..8 {
-            put(&mut a, to, Steer::new(0, 0), &[1; 60], pn);
+            put(&mut a, to, SHORT, Steer::new(0, 0), &[1; 60], pn);
         }
         a.flush(&mut Vec::new());
         let after = clock::now();
@@ -270,7 +244,7 @@ fn two_processes_keep_their_numbers_when_their_interface_is_made_anew() {
     });
     let to = first_links[0].address();
     for (process, worker) in [(second, 1), (first, 0), (second, 0)] {
-        put(&mut a, to, Steer::new(process, worker), &[process as u8, worker as u8], 1);
+        put(&mut a, to, SHORT, Steer::new(process, worker), &[process as u8, worker as u8], 1);
     }
     let mut refused = Vec::new();
     a.flush(&mut refused);

@@ -4,11 +4,13 @@
 mod support;
 
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cirro_link::udp::address::{PORT_FIRST, PROCESSES_MAX};
 use cirro_link::udp::{self, UdpLink};
+use cirro_link::wait::Waiter;
 use cirro_link::{FRAMES_QUEUED_MAX, FrameId, Link, OpenError, clock};
 use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{MacAddress, Steer};
@@ -39,6 +41,7 @@ fn open_one(namespace: &Namespace, peers: &[Ipv4Addr]) -> UdpLink {
     open(namespace, 1, peers).1.remove(0)
 }
 
+// P-102, P-103, P-105
 #[test]
 fn whole_frames_of_every_size_cross_a_wire_of_any_mtu() {
     for mtu in [1500, 9000, 65535] {
@@ -109,6 +112,7 @@ fn what_is_longer_than_the_mtu_or_for_no_endpoint_is_refused_alone() {
     assert_eq!(a.drops().refused.load(Ordering::Relaxed), 3);
 }
 
+// P-104
 #[test]
 fn what_is_for_all_reaches_every_process_of_every_peer_that_is_there() {
     let wire = wire(9000);
@@ -150,6 +154,7 @@ fn a_frame_reaches_the_worker_that_its_steer_names() {
     }
 }
 
+// P-102
 #[test]
 fn a_stranger_is_not_heard() {
     let wire = wire(1500);
@@ -164,6 +169,51 @@ fn a_stranger_is_not_heard() {
         known.send_to(b"0123known", (B, PORT_FIRST)).unwrap();
     });
     assert_eq!(drain(&mut b), [b"known"]);
+}
+
+#[test]
+fn datagrams_that_came_as_one_message_are_not_slept_on() {
+    let wire = wire(9000);
+    for end in [&wire.a, &wire.b] {
+        end.run(&format!("ethtool -K {INTERFACE} tx-udp-segmentation on gro on"));
+    }
+    let (mut a, mut b) = (open_one(&wire.a, &[]), open_one(&wire.b, &[]));
+    let to = b.address();
+    for pn in 0..FRAMES_QUEUED_MAX as u64 {
+        put(&mut a, to, SHORT, Steer::new(0, 0), &[7; 600], pn);
+    }
+    assert_eq!(flush(&mut a), []);
+    let mut waiter = Waiter::new().unwrap();
+    for _ in 1..FRAMES_QUEUED_MAX {
+        assert!(receive_within(&mut b, Nanos::from_secs(1)).is_some());
+        // What a worker does that has taken enough for a turn: it sleeps until the descriptor or the link's own time ends that.
+        let (before, due) = (clock::now(), b.poll_timeout().expect("the link is looked at"));
+        waiter.wait_beside(b.as_fd(), Some(due.since(before)), &mut Vec::new()).unwrap();
+        assert!(clock::now().since(before) < Nanos::from_millis(300), "it slept though frames were there");
+    }
+    assert!(b.receive().is_some() && b.receive().is_none());
+    assert!(b.poll_timeout().expect("the link is looked at") > clock::now());
+}
+
+#[test]
+fn strangers_who_never_stop_do_not_keep_a_worker() {
+    let wire = wire(1500);
+    let mut b = open_one(&wire.b, &[]);
+    let sent = wire.a.enter(|| {
+        let stranger = UdpSocket::bind((A, 5353)).unwrap();
+        (0..200).filter(|_| stranger.send_to(&[0x20; 100], (B, PORT_FIRST)).is_ok()).count()
+    });
+    assert_eq!(sent, 200);
+    let readable = |link: &UdpLink| {
+        let mut waiter = Waiter::new().unwrap();
+        waiter.add(link.as_fd(), 1).unwrap();
+        let mut ready = Vec::new();
+        waiter.wait(Some(Nanos::ZERO), &mut ready).unwrap();
+        !ready.is_empty()
+    };
+    assert!(b.receive().is_none() && readable(&b), "one call takes a part of them");
+    let calls = (0..200).take_while(|_| readable(&b) && b.receive().is_none()).count();
+    assert!((2..200).contains(&calls), "{calls}");
 }
 
 #[test]

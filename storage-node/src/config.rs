@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use cirro_link::any::{BadSettings, Mode, Settings};
-use cirro_protocol::types::{REQUEST_BYTES_MAX, Steer, VolumeName};
+use cirro_link::packet::WORKERS_MAX;
+use cirro_protocol::types::{REQUEST_BYTES_MAX, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
 
@@ -214,7 +215,7 @@ impl Config {
         let poll_us = flags.poll_us.or(parsed.poll_us).unwrap_or(POLL_US_DEFAULT);
         let write_mib = flags.write_pool_mib.or(parsed.write_pool_mib);
         let read_mib = flags.read_pool_mib.or(parsed.read_pool_mib);
-        in_range("workers", workers.into(), 1, Steer::WORKERS_MAX.into())?;
+        in_range("workers", workers.into(), 1, WORKERS_MAX.into())?;
         in_range("poll-us", poll_us.into(), 0, POLL_US_MAX.into())?;
         Ok(Config {
             link: Settings::new(

@@ -50,7 +50,7 @@ fn a_node_restarted_under_load_is_a_pause_of_less_than_100_ms_once_it_is_up() {
     pauses.sort_unstable();
     println!("pauses of the guest after the node is up: {pauses:?}\n{}", outcome.line());
     println!("median {:?}, worst {:?} of {KILLS}", pauses[KILLS / 2], pauses[KILLS - 1]);
-    let seen = outcome.pauses.iter().filter(|pause| pause.to - pause.from > Duration::from_millis(4)).count();
+    let seen = outcome.pauses.iter().filter(|pause| pause.to - pause.from > Duration::from_millis(8)).count();
     assert!(seen >= KILLS, "the guest noticed {seen} of {KILLS} kills: it was not at work");
     assert!(pauses[KILLS - 1] < PAUSE_MAX, "the guest waited {:?} for a node that was up", pauses[KILLS - 1]);
     rig.stop();

@@ -267,17 +267,19 @@ impl Link for UdpLink {
         mac_of(self.facts.ip, self.shared.process)
     }
 
+    /// Asks the kernel at most once: strangers who send faster than they are dropped here keep no worker from its turn.
     fn receive(&mut self) -> Option<Received<'_>> {
-        loop {
-            let Some(datagram) = self.receiver.next(self.socket.as_fd()) else {
-                self.check();
-                return None;
-            };
+        if !self.receiver.has_more() {
+            self.receiver.fill(self.socket.as_fd());
+        }
+        while let Some(datagram) = self.receiver.next() {
             if self.write_header(&datagram).is_some() {
                 let arrival = self.stamps.instant(datagram.seconds, datagram.nanoseconds);
                 return Some(Received { bytes: self.receiver.frame(&datagram), arrival });
             }
         }
+        self.check();
+        None
     }
 
     #[inline]
@@ -302,8 +304,9 @@ impl Link for UdpLink {
         }
     }
 
+    /// At once while datagrams wait here, of which the descriptor does not tell.
     fn poll_timeout(&self) -> Option<Instant> {
-        Some(self.check_at)
+        Some(if self.receiver.has_more() { Instant(0) } else { self.check_at })
     }
 
     fn take_changed(&mut self) -> bool {

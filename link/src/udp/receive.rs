@@ -74,9 +74,14 @@ impl Receiver {
         }
     }
 
-    /// The next datagram. The memory of the one before it is used again.
+    /// True while datagrams that the kernel has handed over wait here: the socket is not readable for them any more.
+    pub(super) fn has_more(&self) -> bool {
+        self.next < self.filled || self.current.as_ref().is_some_and(|message| !message.rest.is_empty())
+    }
+
+    /// The next datagram of those that wait here. The memory of the one before it is used again.
     #[inline]
-    pub(super) fn next(&mut self, fd: BorrowedFd<'_>) -> Option<Datagram> {
+    pub(super) fn next(&mut self) -> Option<Datagram> {
         loop {
             if let Some(message) = self.current.as_mut().filter(|message| !message.rest.is_empty()) {
                 let start = message.rest.start;
@@ -89,7 +94,7 @@ impl Receiver {
                     nanoseconds: message.nanoseconds,
                 });
             }
-            if self.next == self.filled && !self.fill(fd) {
+            if self.next == self.filled {
                 return None;
             }
             self.current = self.message(self.next);
@@ -111,8 +116,8 @@ impl Receiver {
         std::mem::take(&mut self.truncated)
     }
 
-    /// Takes what waits on the socket. False if nothing does.
-    fn fill(&mut self, fd: BorrowedFd<'_>) -> bool {
+    /// Takes what waits on the socket, as much as fits, when nothing waits here.
+    pub(super) fn fill(&mut self, fd: BorrowedFd<'_>) {
         let buffers = self.bytes.chunks_exact_mut(BUFFER_BYTES).zip(&mut self.vectors);
         let extras = self.names.iter_mut().zip(&mut self.controls);
         for (message, ((buffer, vector), (name, control))) in
@@ -139,7 +144,6 @@ impl Receiver {
         };
         self.next = 0;
         self.filled = usize::try_from(count).unwrap_or(0);
-        self.filled > 0
     }
 
     /// A message that came; `None` if it is cut off or its sender's address is of another kind.

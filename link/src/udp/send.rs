@@ -64,7 +64,7 @@ pub(super) struct Sender {
     controls: Vec<Control>,
     /// For each message, how many frames it carries.
     counts: Vec<usize>,
-    /// False once the kernel has refused to cut messages up: the interface's driver cannot (UDP_SEGMENT needs its checksums before 6.12).
+    /// False once the kernel has refused to cut messages up: older ones need an interface that makes checksums.
     cuts: bool,
 }
 

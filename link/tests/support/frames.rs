@@ -8,6 +8,8 @@ use cirro_protocol::types::{MacAddress, Steer};
 
 pub(crate) const ETHERTYPE: u16 = 0x88b5;
 pub(crate) const SHORT: u8 = 1 << 5;
+/// Whose frames they are.
+pub(crate) const SESSION: u32 = 5;
 pub(crate) const LONG: u8 = 1 << 5 | 1 << 4;
 
 /// A frame whose body after the four bytes that the kernel looks at is `body`.
@@ -20,7 +22,7 @@ pub(crate) fn put(link: &mut impl Link, to: MacAddress, vt: u8, steer: Steer, bo
     head.extend_from_slice(&[vt, 0]);
     head.extend_from_slice(&steer.0.to_be_bytes());
     head.extend_from_slice(body);
-    link.commit(FrameId { session: 5, pn });
+    link.commit(FrameId { session: SESSION, pn });
 }
 
 /// Sends what is queued: what was refused.
