@@ -10,6 +10,8 @@ BIN_DIR='' MTU=9000 LOSS_PERCENT=0 VCPUS=2 QUEUES='' GUEST_TIMEOUT_S=200
 FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
 # More of the volume's description at the node: `,KEY=VALUE`.
 VOLUME_OPTIONS=''
+# How frames are protected: keys, made for the run, or none.
+SECURITY=${SECURITY:-keys}
 
 NODE_NS=cirro-node-$$
 BACKEND_NS=cirro-backend-$$
@@ -18,6 +20,7 @@ VOLUME=demo
 # Files of the run: made in rig_up.
 WORK='' RAW='' REPORT='' DISK_MIB=''
 NODE_PID='' BACKEND_PID='' GUEST_PID=''
+NODE_KEYS=() BACKEND_KEYS=()
 # More arguments for run-guest.sh.
 GUEST_OPTIONS=()
 
@@ -68,12 +71,25 @@ daemon_failed() {
 start_daemon() {
   local name=$1 ns=$2
   [[ -x $BIN_DIR/$name ]] || die "there is no $BIN_DIR/$name: run cargo build --release first"
-  ip netns exec "$ns" "$BIN_DIR/$name" "${@:3}" --link "$INTERFACE" --security none >>"$WORK/$name.log" 2>&1 &
+  ip netns exec "$ns" "$BIN_DIR/$name" "${@:3}" --link "$INTERFACE" --security "$SECURITY" >>"$WORK/$name.log" 2>&1 &
   STARTED_PID=$!
 }
 
+# make_keys: one for each daemon, and their options; none where security is none.
+make_keys() {
+  local node backend
+  [[ $SECURITY == keys ]] || return 0
+  [[ -e $WORK/node.key ]] || "$BIN_DIR/cirroctl" key new "$WORK/node.key" >/dev/null
+  [[ -e $WORK/backend.key ]] || "$BIN_DIR/cirroctl" key new "$WORK/backend.key" >/dev/null
+  node=$("$BIN_DIR/cirroctl" key show "$WORK/node.key")
+  backend=$("$BIN_DIR/cirroctl" key show "$WORK/backend.key")
+  NODE_KEYS=(--key "$WORK/node.key" --grant "$VOLUME=$backend")
+  BACKEND_KEYS=(--key "$WORK/backend.key" --node-key "$node")
+}
+
 start_node() {
-  start_daemon cirro-node "$NODE_NS" --volume "$VOLUME=$RAW$VOLUME_OPTIONS" --state-dir "$WORK/node" --ctl-socket "$WORK/node.ctl"
+  make_keys
+  start_daemon cirro-node "$NODE_NS" "${NODE_KEYS[@]}" --volume "$VOLUME=$RAW$VOLUME_OPTIONS" --state-dir "$WORK/node" --ctl-socket "$WORK/node.ctl"
   NODE_PID=$STARTED_PID
 }
 
@@ -81,7 +97,7 @@ start_backend() {
   local run_dir=()
   # A daemon without the record of what is in flight knows no such option.
   ! "$BIN_DIR/cirro-backend" --help | grep -q -- --run-dir || run_dir=(--run-dir "$WORK/run")
-  start_daemon cirro-backend "$BACKEND_NS" --socket-path "$WORK/disk.sock" --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" \
+  start_daemon cirro-backend "$BACKEND_NS" "${BACKEND_KEYS[@]}" --socket-path "$WORK/disk.sock" --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" \
     --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}"
   BACKEND_PID=$STARTED_PID
 }

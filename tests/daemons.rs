@@ -10,9 +10,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Once, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use cirro_ctl::client;
 use cirro_ctl::report::{BackendReport, NodeReport, Report, WorkerCounters};
 use cirro_ctl::request::Request;
+use cirro_ctl::{client, keyfile};
+use cirro_protocol::types::PublicKey;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -87,6 +88,16 @@ impl Scratch {
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The key file `NAME.key`, made if it is not there, and its public key.
+    ///
+    /// # Panics
+    /// It cannot be made.
+    pub fn key(&self, name: &str) -> (PathBuf, PublicKey) {
+        let path = self.path(&format!("{name}.key"));
+        let (secret, _) = keyfile::read_or_make(&path).expect("a key can be made");
+        (path, keyfile::public_of(&secret))
     }
 
     /// Makes an empty sparse file.
@@ -268,6 +279,14 @@ impl Daemon {
         serde_json::from_value(value).map_err(|error| error.to_string())
     }
 
+    /// Asks it something else.
+    ///
+    /// # Errors
+    /// What it says instead of doing it, or why it does not answer.
+    pub fn ask(&self, request: &Request) -> Result<serde_json::Value, String> {
+        client::ask(&self.control, request, ANSWER_MAX).map_err(|error| error.to_string())
+    }
+
     /// The report of a node.
     ///
     /// # Panics
@@ -350,6 +369,15 @@ pub fn link_mode_is_udp() -> bool {
     }
 }
 
+/// How frames are protected in tests that do not say: `CIRRO_SECURITY`, none unless it is `keys`.
+fn security_is_keys() -> bool {
+    match std::env::var("CIRRO_SECURITY").as_deref() {
+        Err(_) | Ok("none") => false,
+        Ok("keys") => true,
+        Ok(other) => panic!("CIRRO_SECURITY is {other:?}: none or keys"),
+    }
+}
+
 /// How a daemon of ours is started.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
@@ -361,12 +389,21 @@ pub struct Launch<'a> {
     pub cpu: Option<u32>,
     /// The folder of another build, instead of [`binaries`].
     pub build: Option<&'a Path>,
+    /// With keys: those of all nodes, and of all backends, of a [`Scratch`], unless `arguments` name others.
+    pub keys: bool,
 }
 
 impl<'a> Launch<'a> {
     /// With no more arguments.
     pub fn new(name: &'a str) -> Launch<'a> {
-        Launch { name, arguments: Vec::new(), cpu: None, build: None }
+        Launch { name, arguments: Vec::new(), cpu: None, build: None, keys: security_is_keys() }
+    }
+
+    /// Protected by keys, or not.
+    #[must_use]
+    pub fn with_keys(mut self, keys: bool) -> Launch<'a> {
+        self.keys = keys;
+        self
     }
 
     /// Adds arguments.
@@ -396,7 +433,16 @@ impl<'a> Launch<'a> {
             self.cpu,
             self.build.unwrap_or_else(|| binaries()).join(program).as_os_str(),
         );
-        command.args(["--link", INTERFACE, "--security", "none"]);
+        command.args(["--link", INTERFACE, "--security", if self.keys { "keys" } else { "none" }]);
+        let names_keys = self.arguments.iter().any(|argument| argument == "--key");
+        if self.keys && !names_keys {
+            let node = program == "cirro-node";
+            let (path, _) = scratch.key(if node { "node" } else { "backend" });
+            command.arg("--key").arg(path);
+            if !node {
+                command.args(["--node-key", &scratch.key("node").1.to_string()]);
+            }
+        }
         if link_mode_is_udp() {
             command.args(["--link-mode", "udp"]);
             let others = ADDRESSES.iter().filter(|address| **address != machine.address());
@@ -413,6 +459,10 @@ impl<'a> Launch<'a> {
     /// Starts a node that serves `volumes`, each `NAME=PATH[,…]`, and waits until it does.
     pub fn node(mut self, machine: &Machine, scratch: &Scratch, volumes: &[String]) -> Daemon {
         for volume in volumes {
+            if let (true, Some((name, _))) = (self.keys, volume.split_once('=')) {
+                let grant = format!("{name}={}", scratch.key("backend").1);
+                self.arguments.extend(["--grant".into(), grant.into()]);
+            }
             self.arguments.extend(["--volume".into(), volume.into()]);
         }
         let mut daemon = self.start("cirro-node", machine, scratch);
@@ -423,9 +473,18 @@ impl<'a> Launch<'a> {
     /// Starts a backend for one volume on the socket `NAME.sock`, and waits until that is there and the volume is known.
     pub fn backend(self, machine: &Machine, scratch: &Scratch, volume: &str) -> Daemon {
         let socket = scratch.path(&format!("{}.sock", self.name));
+        let mut daemon = self.backend_alone(machine, scratch, volume);
+        daemon.wait_until("offered its disk", |daemon| socket.exists() && knows_its_volumes(daemon));
+        daemon
+    }
+
+    /// The same, but waits only until it answers: its node may never let it in.
+    pub fn backend_alone(self, machine: &Machine, scratch: &Scratch, volume: &str) -> Daemon {
+        let socket = scratch.path(&format!("{}.sock", self.name));
         let launch = self.with(&["--volume", volume, "--socket-path", &socket.to_string_lossy()]);
         let mut daemon = launch.start("cirro-backend", machine, scratch);
-        daemon.wait_until("offered its disk", |daemon| socket.exists() && knows_its_volumes(daemon));
+        daemon
+            .wait_until("answered as a backend", |daemon| matches!(daemon.report(), Ok(Report::Backend(_))));
         daemon
     }
 
@@ -450,7 +509,8 @@ impl<'a> Launch<'a> {
     }
 }
 
-fn knows_its_volumes(daemon: &Daemon) -> bool {
+/// True if a node has described every disk of a backend.
+pub fn knows_its_volumes(daemon: &Daemon) -> bool {
     match daemon.report() {
         Ok(Report::Backend(report)) => {
             !report.disks.is_empty() && report.disks.iter().all(|disk| disk.size_bytes > 0)

@@ -573,7 +573,7 @@ fn long_values(body: &Body) -> (u8, &'static str, Vec<(&'static str, Value)>) {
             (5, "redirect", echo, vec![("steer", n(b.steer.0))])
         }
         Body::WhoHas(b) => {
-            (6, "who-has", named(Some(b.volume)), vec![("nonce", n(b.nonce)), ("steer", n(b.steer.0))])
+            (6, "who-has", named(b.volume), vec![("nonce", n(b.nonce)), ("steer", n(b.steer.0))])
         }
         Body::IHave(b) => {
             let who = vec![("node", t(b.node)), ("incarnation", t(b.incarnation))];

@@ -99,7 +99,9 @@ impl Machine {
 
     /// The MAC address of its interface.
     pub fn mac(&self) -> String {
-        self.namespace.shell(&format!("cat /sys/class/net/{INTERFACE}/address")).trim().to_owned()
+        let shown = run(&format!("ip -n {} -o link show dev {INTERFACE}", self.namespace.name));
+        let mut words = shown.split_whitespace().skip_while(|word| *word != "link/ether");
+        words.nth(1).expect("an Ethernet interface has an address").to_owned()
     }
 
     /// Switches what the kernel does to save TCP and UDP from cutting their own segments.
@@ -157,6 +159,19 @@ impl Lab {
     fn up(self) -> Lab {
         self.machines.iter().for_each(Machine::finish);
         self
+    }
+
+    /// Tells the bridge for good who is where, as a switch with port security knows it: nobody draws another's frames to himself by sending
+    /// under its address.
+    ///
+    /// # Panics
+    /// There is no bridge.
+    pub fn fix_addresses(&self) {
+        let bridge = self.bridge.as_ref().expect("machines on a bridge");
+        for (index, machine) in self.machines.iter().enumerate() {
+            bridge.shell(&format!("bridge link set dev port{index} learning off"));
+            bridge.shell(&format!("bridge fdb replace {} dev port{index} master static", machine.mac()));
+        }
     }
 
     /// The machine where guests and backends live.

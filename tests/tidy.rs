@@ -25,7 +25,7 @@ const ARROWS: [(&str, &[&str]); 7] = [
 ];
 
 /// Foreign crates that belong to few of ours. `tests` may use what it likes.
-const HOMES: [(&str, &[&str]); 9] = [
+const HOMES: [(&str, &[&str]); 11] = [
     ("vhost", &["backend"]),
     ("vhost-user-backend", &["backend"]),
     ("virtio-queue", &["backend"]),
@@ -34,6 +34,8 @@ const HOMES: [(&str, &[&str]); 9] = [
     ("io-uring", &["storage-node", "link"]),
     ("socket2", &["link"]),
     ("crc-fast", &["seal"]),
+    ("snow", &["seal"]),
+    ("aws-lc-rs", &["seal", "ctl"]),
     ("serde", &["ctl", "backend", "storage-node"]),
 ];
 

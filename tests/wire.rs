@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -82,6 +82,48 @@ pub fn replay(machine: &Machine, frames: &[Vec<u8>]) {
             tries += 1;
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+}
+
+/// Sends for as long as nobody stops it: 16 frames a millisecond, of which `each` writes one at a time.
+#[derive(Debug)]
+pub struct Attack {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, Duration)>,
+}
+
+impl Attack {
+    /// Starts now.
+    ///
+    /// # Panics
+    /// The socket cannot be had.
+    pub fn start(machine: &Machine, mut each: impl FnMut(u64) -> Vec<u8> + Send + 'static) -> Attack {
+        let socket = socket(machine);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let (start, mut sent) = (Instant::now(), 0);
+            while !stopped.load(Ordering::Relaxed) {
+                // What the kernel does not take is lost: an attacker does not mind.
+                sent += u64::from(socket.send(&each(sent)).is_ok());
+                let due = start + Duration::from_micros(1000 / BURST as u64 * sent);
+                if sent.is_multiple_of(BURST as u64) {
+                    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+                }
+            }
+            (sent, start.elapsed())
+        });
+        Attack { stop, thread }
+    }
+
+    /// Ends, and gives how many frames were sent in a second.
+    ///
+    /// # Panics
+    /// Its thread did.
+    pub fn stop(self) -> f64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let (sent, time) = self.thread.join().expect("the attacker works");
+        sent as f64 / time.as_secs_f64()
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use cirro_link::any::{BadSettings, Mode, Settings};
 use cirro_link::packet::WORKERS_MAX;
-use cirro_protocol::types::{MacAddress, VolumeName};
+use cirro_protocol::types::{BadPublicKey, MacAddress, PublicKey, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
 
@@ -71,12 +71,18 @@ pub struct Flags {
     /// Read disks and settings from this TOML file; flags win over it.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How frames are protected [default: none].
-    #[arg(long, value_name = "MODE")]
+    /// How frames are protected: keys, or none on a wire that you trust [default: keys].
+    #[arg(long, value_name = "none|keys")]
     pub security: Option<Security>,
-    /// The node's public key, with --security keys.
+    /// The storage node's public key, which it logs when it starts.
     #[arg(long, value_name = "KEY")]
-    pub node_key: Option<String>,
+    pub node_key: Option<PublicKey>,
+    /// The file of this machine's private key, made at the first start; its public key is logged [default: key in the state directory].
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// The file of a secret that is shared with the node, beside the keys (cirroctl key psk makes one).
+    #[arg(long, value_name = "FILE")]
+    pub psk: Option<PathBuf>,
     /// Worker threads; disks are dealt out to them in turn [default: 1].
     #[arg(long, value_name = "N")]
     pub workers: Option<u16>,
@@ -125,6 +131,9 @@ struct File {
     #[serde(default)]
     udp_peers: Vec<Ipv4Addr>,
     security: Option<Security>,
+    key: Option<PathBuf>,
+    node_key: Option<String>,
+    psk: Option<PathBuf>,
     workers: Option<u16>,
     poll_us: Option<u32>,
     state_dir: Option<PathBuf>,
@@ -142,6 +151,8 @@ struct FileDisk {
     socket_path: Option<PathBuf>,
     fd: Option<RawFd>,
     node: Option<String>,
+    node_key: Option<String>,
+    psk: Option<PathBuf>,
     #[serde(default)]
     read_only: bool,
     queues: Option<u16>,
@@ -160,6 +171,8 @@ pub struct Config {
     pub workers: u16,
     /// Spinning in µs.
     pub poll_us: u32,
+    /// The file of our private key; `None`: security is none.
+    pub key: Option<PathBuf>,
     /// Where state is kept.
     pub state_dir: PathBuf,
     /// Where the record of what is in flight is kept.
@@ -179,6 +192,8 @@ pub struct DiskEntry {
     pub socket: Socket,
     /// Its node, if known.
     pub node: Option<MacAddress>,
+    /// With keys: the node's, and the file of the secret shared with it.
+    pub node_key: Option<NodeKey>,
     /// Reading only.
     pub read_only: bool,
     /// Queues offered.
@@ -189,6 +204,15 @@ pub struct DiskEntry {
     pub on_trouble: OnTrouble,
     /// Take the volume over.
     pub take_over: bool,
+}
+
+/// By which key a node is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeKey {
+    /// Its public key.
+    pub public: PublicKey,
+    /// The file of a secret that is shared with it.
+    pub psk: Option<PathBuf>,
 }
 
 /// Where a VMM connects.
@@ -228,14 +252,19 @@ pub enum Error {
     /// The link's settings do not go together.
     #[error(transparent)]
     Link(#[from] BadSettings),
-    /// Keys are not there yet.
+    /// A key where there are none.
+    #[error("{0} needs --security keys: leave one of the two out")]
+    NoKeys(&'static str),
+    /// The node cannot be known.
     #[error(
-        "--security keys is not available in this version: use --security none, on a wire that you trust"
+        "disk {disk} ({volume}): the node's public key is missing: give it with --node-key KEY (cirro-node logs it when it starts), or say --security none on a wire that you trust"
     )]
-    Keys,
-    /// A key without its mode.
-    #[error("--node-key needs --security keys, which is not available in this version: leave it out")]
-    KeyUnused,
+    NoNodeKey {
+        /// Which disk, from 1.
+        disk: usize,
+        /// Its volume.
+        volume: VolumeName,
+    },
     /// The file is no TOML, or has settings that do not exist.
     #[error("cannot understand {path}: {cause}")]
     Syntax {
@@ -293,12 +322,10 @@ impl Config {
             Some((path, text)) => toml::from_str(text)
                 .map_err(|cause| Error::Syntax { path: path.to_owned(), cause: Box::new(cause) })?,
         };
-        match flags.security.or(file.security) {
-            Some(Security::Keys) => return Err(Error::Keys),
-            Some(Security::None) | None if flags.node_key.is_some() => return Err(Error::KeyUnused),
-            Some(Security::None) | None => {}
-        }
-        let disks = disks(flags, file.disks)?;
+        let by_key = flags.security.or(file.security).unwrap_or(Security::Keys) == Security::Keys;
+        let keys = Keys::new(&file)?;
+        let key = flags.key.clone().or(file.key);
+        let disks = disks(flags, file.disks, &keys)?;
         for (index, disk) in disks.iter().enumerate() {
             for other in &disks[..index] {
                 if other.socket == disk.socket {
@@ -320,11 +347,15 @@ impl Config {
         let poll_us = flags.poll_us.or(file.poll_us).unwrap_or(POLL_US_DEFAULT);
         in_range("workers", workers.into(), 1..=WORKERS_MAX.into(), "1 to 256")?;
         in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
+        check_keys(by_key, key.is_some(), &disks)?;
+        let state_dir =
+            flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
         Ok(Config {
             link,
             workers,
             poll_us,
-            state_dir: flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into()),
+            key: by_key.then(|| key.unwrap_or_else(|| state_dir.join("key"))),
+            state_dir,
             run_dir: flags.run_dir.clone().or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
             ctl_socket: flags.ctl_socket.clone().or(file.ctl_socket),
             disks,
@@ -332,8 +363,40 @@ impl Config {
     }
 }
 
+/// What the file says for all disks.
+struct Keys {
+    node_key: Option<PublicKey>,
+    psk: Option<PathBuf>,
+}
+
+impl Keys {
+    fn new(file: &File) -> Result<Keys, Error> {
+        let of_file = parse_node_key(0, file.node_key.as_deref())?;
+        Ok(Keys { node_key: of_file, psk: file.psk.clone() })
+    }
+}
+
+fn parse_node_key(disk: usize, text: Option<&str>) -> Result<Option<PublicKey>, Error> {
+    let wrong = |reason: BadPublicKey| Error::Value { disk, name: "node-key", reason: reason.into() };
+    text.map(|text| text.parse().map_err(wrong)).transpose()
+}
+
+fn check_keys(by_key: bool, key: bool, disks: &[DiskEntry]) -> Result<(), Error> {
+    if !by_key && key {
+        return Err(Error::NoKeys("--key"));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        match (by_key, disk.node_key.is_some()) {
+            (true, false) => return Err(Error::NoNodeKey { disk: index + 1, volume: disk.volume }),
+            (false, true) => return Err(Error::NoKeys("--node-key")),
+            (true, true) | (false, false) => {}
+        }
+    }
+    Ok(())
+}
+
 /// The file's disks, changed by the flags; the flags' disk when the file has none.
-fn disks(flags: &Flags, mut listed: Vec<FileDisk>) -> Result<Vec<DiskEntry>, Error> {
+fn disks(flags: &Flags, mut listed: Vec<FileDisk>, keys: &Keys) -> Result<Vec<DiskEntry>, Error> {
     let count = listed.len();
     let single = [
         ("--volume", flags.volume.is_some()),
@@ -348,10 +411,10 @@ fn disks(flags: &Flags, mut listed: Vec<FileDisk>) -> Result<Vec<DiskEntry>, Err
     if count == 0 {
         listed.push(FileDisk::default());
     }
-    listed.into_iter().enumerate().map(|(index, disk)| entry(flags, index + 1, disk)).collect()
+    listed.into_iter().enumerate().map(|(index, disk)| entry(flags, keys, index + 1, disk)).collect()
 }
 
-fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Error> {
+fn entry(flags: &Flags, keys: &Keys, number: usize, listed: FileDisk) -> Result<DiskEntry, Error> {
     let value = |name| move |reason| Error::Value { disk: number, name, reason };
     let listed_volume = listed.volume.map(|name| name.parse()).transpose();
     let listed_volume =
@@ -361,6 +424,12 @@ fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Er
         listed_node.map_err(|e: cirro_protocol::types::BadMacAddress| value("node")(e.into()))?;
     let on_trouble = listed.on_trouble.map(|policy| policy.parse()).transpose();
     let on_trouble = on_trouble.map_err(|e: BadOnTrouble| value("on-trouble")(e.into()))?;
+    let listed_key = parse_node_key(number, listed.node_key.as_deref())?;
+    let node_key = flags.node_key.or(listed_key).or(keys.node_key);
+    let psk = flags.psk.clone().or(listed.psk).or(keys.psk.clone());
+    if node_key.is_none() && psk.is_some() {
+        return Err(Error::Missing("--node-key KEY (there is a --psk)"));
+    }
     let volume = flags.volume.or(listed_volume).ok_or(Error::Missing("--volume NAME"))?;
     let socket = match (&flags.socket_path, flags.fd) {
         (Some(path), _) => Some(Socket::Path(path.clone())),
@@ -390,6 +459,7 @@ fn entry(flags: &Flags, number: usize, listed: FileDisk) -> Result<DiskEntry, Er
         volume,
         socket: socket.ok_or(Error::Missing("--socket-path PATH (or --fd N)"))?,
         node: flags.node.or(listed_node),
+        node_key: node_key.map(|public| NodeKey { public, psk }),
         read_only: flags.read_only || listed.read_only,
         queues,
         queue_size,
@@ -415,8 +485,13 @@ fn range(name: &'static str, value: u64, allowed: &'static str) -> Error {
 mod tests {
     use super::*;
 
+    /// Security is none in the tests that do not speak of keys.
     fn parse(line: &str, file: Option<&str>) -> Result<Config, String> {
-        let words = std::iter::once("cirro-backend").chain(line.split_whitespace());
+        let speaks =
+            [line, file.unwrap_or("")].iter().any(|text| text.contains("security") || text.contains("key"));
+        let none: &[&str] = if speaks { &[] } else { &["--security", "none"] };
+        let words =
+            std::iter::once("cirro-backend").chain(line.split_whitespace()).chain(none.iter().copied());
         let flags = Flags::try_parse_from(words).map_err(|error| error.to_string())?;
         Config::new(&flags, file.map(|text| (Path::new("f.toml"), text))).map_err(|error| error.to_string())
     }
@@ -503,9 +578,9 @@ mod tests {
             (
                 "--socket-path /s --link l --volume v --security keys",
                 None,
-                "--security keys is not available",
+                "disk 1 (v): the node's public key is missing",
             ),
-            ("--socket-path /s --link l --volume v --node-key x", None, "--node-key needs --security keys"),
+            ("--socket-path /s --link l --volume v --node-key x", None, "not a public key"),
             ("--socket-path /s --link l --volume v --link-mode udp", None, "--udp-peer IPV4"),
             ("--socket-path /s --link l --volume v --udp-peer 192.0.2.1", None, "needs --link-mode udp"),
             ("--fd 1 --link l --volume v", None, "fd is 1"),
@@ -539,5 +614,33 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
         assert_eq!(value["type"], "block");
         assert_eq!(value["features"], serde_json::json!(["read-only"]));
+    }
+
+    #[test]
+    fn keys_are_the_default_and_a_disk_may_name_its_own() {
+        let (one, two) = ("1".repeat(64), "2".repeat(64));
+        let line = format!("--socket-path /s --link l --volume v --node-key {one} --psk /p --state-dir /d");
+        let config = parse(&line, None).unwrap();
+        assert_eq!(config.key, Some("/d/key".into()));
+        let node_key = config.disks[0].node_key.as_ref().unwrap();
+        assert_eq!((node_key.public.to_string(), node_key.psk.clone()), (one.clone(), Some("/p".into())));
+        let file = format!(
+            "link = \"l\"\nkey = \"/k\"\nnode-key = \"{one}\"\n[[disk]]\nvolume = \"a\"\nsocket-path = \"/a\"\n\
+             [[disk]]\nvolume = \"b\"\nsocket-path = \"/b\"\nnode-key = \"{two}\"\npsk = \"/q\"\n"
+        );
+        let config = parse("", Some(&file)).unwrap();
+        assert_eq!(config.key, Some("/k".into()));
+        let keys: Vec<_> = config.disks.iter().map(|disk| disk.node_key.clone().unwrap()).collect();
+        assert_eq!(keys[0], NodeKey { public: one.parse().unwrap(), psk: None });
+        assert_eq!(keys[1], NodeKey { public: two.parse().unwrap(), psk: Some("/q".into()) });
+        for (more, said) in [
+            ("--security none --key /k", "--key needs --security keys"),
+            (&format!("--security none --node-key {one}"), "--node-key needs --security keys"),
+            ("--security none --psk /p", "--node-key KEY"),
+            ("--node-key 12", "not a public key"),
+        ] {
+            let error = parse(&format!("--socket-path /s --link l --volume v {more}"), None).unwrap_err();
+            assert!(error.contains(said), "{more}: {error}");
+        }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Knows rings, requests, slots and the session; does not know the link, threads or vhost-user messages. Called by `worker`, in the order of a turn.
 
+mod data;
+
 use std::sync::Arc;
 
 use cirro_protocol::initiator::{Event, Initiator, StateName};
@@ -11,13 +13,13 @@ use cirro_protocol::types::{SERIAL_BYTES, Slot, VolumeName};
 use cirro_protocol::wire::body::{
     Access, VOLUME_DISCARD, VOLUME_READ_ONLY, VOLUME_WRITE_THROUGH, VOLUME_WRITE_ZEROES, VolumeInfo,
 };
-use cirro_protocol::{PayloadRef, Placement};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
 use crate::attach::Attach;
-use crate::guest_memory::{GuestMemory, Outside, PrivateCopies, Regions};
+use crate::guest_memory::{GuestMemory, Outside, Regions};
 use crate::mailbox::{Answer, Change, Reply};
 use crate::pending::{Admission, Finished, Part, Pending};
+use crate::protection::Protection;
 use crate::record::Record;
 use crate::replay::{Life, Replay};
 use crate::request::{Chain, Limits, Reject, Request};
@@ -43,6 +45,8 @@ pub struct DiskConfig {
     pub queues: u16,
     /// Its session.
     pub initiator: Initiator,
+    /// What protects it.
+    pub protection: Protection,
     /// Where the vhost side waits for the volume.
     pub attach: Arc<Attach>,
     /// What is in flight on its rings, with a place for each.
@@ -70,6 +74,8 @@ pub struct Disk {
     read_only: bool,
     /// Its session; the worker feeds and empties it.
     pub initiator: Initiator,
+    /// What protects its frames.
+    pub protection: Protection,
     attach: Arc<Attach>,
     stats: Arc<DiskStats>,
     memory: GuestMemory,
@@ -100,6 +106,7 @@ impl Disk {
             volume: config.volume,
             read_only: config.read_only,
             initiator: config.initiator,
+            protection: config.protection,
             attach: config.attach,
             record: config.record,
             unflushed: Unflushed::new(config.replay),
@@ -126,6 +133,11 @@ impl Disk {
             disk.adopt(VolumeInfo { flags: info.flags & !VOLUME_WRITE_THROUGH, ..info });
         }
         disk
+    }
+
+    /// Its volume.
+    pub(crate) fn volume(&self) -> VolumeName {
+        self.volume
     }
 
     /// Takes a command from the vhost side. Runs between turns.
@@ -252,17 +264,6 @@ impl Disk {
             replaying: self.unflushed.blocks(),
             stuck: self.unflushed.is_stuck(),
             rings: self.rings.iter().flatten().count(),
-        }
-    }
-
-    /// Step 1 of a turn: copies what a frame brought to where the guest wants it.
-    pub fn place(&self, frame: &[u8], placements: &[Placement]) {
-        for placement in placements {
-            let (runs, start) =
-                self.pending.data(placement.slot).expect("the core places only into live slots");
-            let bytes = &frame[placement.range.clone()];
-            let placed = self.memory.scatter(runs, start + placement.offset, bytes);
-            placed.expect("requests whose memory went away were taken out when it went");
         }
     }
 
@@ -557,46 +558,6 @@ impl Disk {
         let len = room.min(SERIAL_BYTES as u32);
         self.memory.scatter(&self.chain.data, 0, &self.info.serial[..len as usize])?;
         Ok(len)
-    }
-
-    /// Step 5 of a turn, for one piece of data in a frame: the guest's own memory, or a private copy of a piece that was lost too often. Appends the
-    /// piece's checksums.
-    pub fn add_payload(
-        &self,
-        payload: &PayloadRef,
-        copies: &mut PrivateCopies,
-        crcs: &mut Vec<u32>,
-        mut each: impl FnMut(cirro_link::Run),
-    ) {
-        if let Some(position) = self.unflushed.position(payload.slot) {
-            let copied = copies.fill(payload.len, crcs, |bytes| {
-                self.unflushed.read(position, payload.offset, bytes);
-                Ok::<(), Outside>(())
-            });
-            return copied.map(each).expect("a copy is never outside");
-        }
-        let (runs, start) = self.pending.data(payload.slot).expect("the core sends only from live slots");
-        let (offset, len) = (start + payload.offset, payload.len);
-        let added = if payload.losses >= PRIVATE_AFTER_LOSSES {
-            copies.copy(&self.memory, runs, (offset, len), crcs).map(each)
-        } else {
-            self.add_in_place(runs, (offset, len), (copies, crcs), &mut each)
-        };
-        added.expect("requests whose memory went away were taken out when it went");
-    }
-
-    fn add_in_place(
-        &self,
-        runs: &[crate::guest_memory::GuestRun],
-        (offset, len): (u32, u32),
-        (copies, crcs): (&mut PrivateCopies, &mut Vec<u32>),
-        each: &mut impl FnMut(cirro_link::Run),
-    ) -> Result<(), Outside> {
-        let block = cirro_protocol::types::BLOCK_BYTES as u32;
-        for at in (0..len).step_by(block as usize) {
-            crcs.push(copies.checksum(&self.memory, runs, (offset + at, block.min(len - at)))?);
-        }
-        self.memory.name(runs, offset, len, each)
     }
 
     /// Step 6 of a turn: one signal per ring, if its guest wants one.

@@ -14,6 +14,7 @@ pub mod mailbox;
 pub mod mapped;
 pub mod memory_guard;
 pub mod pending;
+pub mod protection;
 pub mod record;
 pub mod replay;
 pub mod report;

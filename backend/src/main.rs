@@ -13,6 +13,7 @@ use cirro_backend::config::{CAPABILITIES, Config, DiskEntry, Flags};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::mailbox::{Change, DiskId, Mailbox, mailbox};
 use cirro_backend::mapped::{self, Mapped};
+use cirro_backend::protection::Protection;
 use cirro_backend::record::Record;
 use cirro_backend::replay::{self, Replay};
 use cirro_backend::report::{DiskView, View};
@@ -21,6 +22,7 @@ use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
 use cirro_ctl::daemon::{self, Usage};
+use cirro_ctl::keyfile;
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
 use cirro_link::any::{self, AnyLink};
@@ -30,6 +32,8 @@ use cirro_link::{Link, clock, random};
 use cirro_protocol::initiator::{self, Initiator};
 use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{ETHERTYPE_DEFAULT, SLOTS_MAX, Steer};
+use cirro_protocol::wire::Mode;
+use cirro_seal::{Caller, Identity, os_entropy};
 use clap::Parser;
 
 const PROGRAM: &str = "cirro-backend";
@@ -57,13 +61,9 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let remains = open_remains(&config, &states)?;
     let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
-    log::warn!(
-        "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
-        config.link.interface
-    );
-
+    let identity = open_identity(&config)?;
     let kept = states.into_iter().zip(remains).collect();
-    let crew = Crew::new(&config, kept, process, links, &stop)?;
+    let crew = Crew::new(&config, identity.as_ref(), kept, (process, links), &stop)?;
     let Crew { workers, disks, mut view } = crew;
     let _control = match &config.ctl_socket {
         Some(path) => Some(Server::start(path, move |request| view.answer(&request))?),
@@ -85,6 +85,33 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     });
     log::info!("ended");
     served.and(stopped)
+}
+
+/// Who we are, where frames are protected by keys.
+fn open_identity(config: &Config) -> anyhow::Result<Option<Arc<Identity>>> {
+    let Some(path) = &config.key else {
+        log::warn!(
+            "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
+            config.link.interface
+        );
+        return Ok(None);
+    };
+    let (private, new) = keyfile::read_or_make(path)?;
+    let identity = Identity::new(private, os_entropy());
+    let made = if new { " (new)" } else { "" };
+    log::info!("our key, for `cirroctl volume grant` on the node: {}{made}", identity.public());
+    Ok(Some(Arc::new(identity)))
+}
+
+fn protection(entry: &DiskEntry, identity: Option<&Arc<Identity>>) -> anyhow::Result<Protection> {
+    let caller = match (identity, &entry.node_key) {
+        (Some(identity), Some(node)) => {
+            let psk = node.psk.as_ref().map_or(Ok(keyfile::Secret::default()), |path| keyfile::read(path))?;
+            Some(Caller::new(Arc::clone(identity), node.public, psk))
+        }
+        (Some(_) | None, _) => None,
+    };
+    Ok(Protection::new(caller))
 }
 
 /// What a disk keeps over restarts.
@@ -138,9 +165,9 @@ impl Crew {
     /// Deals the disks out to the workers in turn.
     fn new(
         config: &Config,
+        identity: Option<&Arc<Identity>>,
         kept: Vec<Kept>,
-        process: u16,
-        links: Vec<AnyLink>,
+        (process, links): (u16, Vec<AnyLink>),
         stop: &Stop,
     ) -> anyhow::Result<Crew> {
         let view = View {
@@ -169,7 +196,9 @@ impl Crew {
                 process,
                 poll_us: config.poll_us,
             };
-            crew.add_disk(DiskId(number as u16), (entry, kept), &place, (&config.link.interface, stop));
+            let protection = protection(entry, identity)?;
+            let id = DiskId(number as u16);
+            crew.add_disk(id, (entry, kept, protection), &place, (&config.link.interface, stop));
         }
         Ok(crew)
     }
@@ -177,7 +206,7 @@ impl Crew {
     fn add_disk(
         &mut self,
         id: DiskId,
-        (entry, (state, remains)): (&DiskEntry, Kept),
+        (entry, (state, remains), protection): (&DiskEntry, Kept, Protection),
         place: &Place,
         (link, stop): (&str, &Stop),
     ) {
@@ -185,7 +214,7 @@ impl Crew {
         let attach = Arc::new(Attach::new(state.volume()));
         let (stats, connected) = (Arc::<DiskStats>::default(), Arc::default());
         let shared = (Arc::clone(&attach), Arc::clone(&stats), remains);
-        worker_disk(worker, id, (entry, &state, place), shared);
+        worker_disk(worker, id, (entry, &state, place), protection, shared);
         self.view.disks.push(DiskView {
             id,
             entry: entry.clone(),
@@ -242,11 +271,13 @@ fn worker_disk(
     worker: &mut Worker<Stack<AnyLink>>,
     id: DiskId,
     (entry, state, place): (&DiskEntry, &State, &Place),
+    protection: Protection,
     (attach, stats, remains): (Arc<Attach>, Arc<DiskStats>, Remains),
 ) {
     let link = worker.link();
     let initiator = initiator::Config {
         volume: entry.volume,
+        mode: if protection.is_by_keys() { Mode::Aead } else { Mode::Crc },
         attachment: state.attachment,
         session_epoch: state.session_epoch(),
         address: link.address(),
@@ -266,6 +297,7 @@ fn worker_disk(
         read_only: entry.read_only,
         queues: entry.queues,
         initiator: Initiator::new(initiator, clock::now()),
+        protection,
         attach,
         record: remains.record,
         replay: remains.replay,

@@ -75,7 +75,11 @@ impl View {
     /// One sentence for the operator.
     pub fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
         let answer = match request {
-            Request::Status {} | Request::Stats {} => return Report::Backend(self.report()).answer(request),
+            Request::Status {}
+            | Request::Stats {}
+            | Request::VolumeGrant(_)
+            | Request::VolumeRevoke(_)
+            | Request::VolumeGrants { .. } => return Report::Backend(self.report()).answer(request),
             Request::LinkTapPush(push) => self.push_taps(push).map(serde_json::to_value),
             Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value),
         };

@@ -6,18 +6,20 @@
 use std::sync::Arc;
 
 use cirro_link::tap::{Exchange, Tap};
-use cirro_link::{FrameId, Link};
+use cirro_link::{FrameId, Link, TxFrame};
 use cirro_protocol::time::{Instant, earliest};
-use cirro_protocol::types::{Cid, Steer};
+use cirro_protocol::types::{Cid, ETHERNET_BYTES, Steer};
+use cirro_protocol::wire::Header;
 use cirro_protocol::wire::ethernet::Ethernet;
+use cirro_protocol::wire::guarded::is_guarded;
 use cirro_protocol::wire::long::LongFrame;
-use cirro_protocol::wire::{Frame, Header};
 use cirro_protocol::{PayloadRef, Placement, SealWith};
-use cirro_seal::{Mismatch, Nonces, open_crc, open_long, seal_crc, seal_long};
+use cirro_seal::{Mismatch, Nonces, open_long, seal_crc, splice};
 
 use crate::disk::{Disk, KickChange};
 use crate::guest_memory::PrivateCopies;
 use crate::mailbox::{Command, DiskId, Inbox};
+use crate::protection;
 use crate::stats::{Drop, WorkerStats};
 
 /// Frames taken from the link in a turn: acks leave at its end, and at most 48 frames may lie between two (docs/PROTOCOL.md, P-37).
@@ -51,6 +53,9 @@ struct Place {
 struct Scratch {
     placements: Vec<Placement>,
     payloads: Vec<PayloadRef>,
+    /// A received frame as it was before it was encrypted, and the core's part of one that is to be.
+    plain: Vec<u8>,
+    head: Vec<u8>,
     crcs: Vec<u32>,
     refused: Vec<FrameId>,
     copies: PrivateCopies,
@@ -177,7 +182,7 @@ impl<L: Link> Worker<L> {
             let (bytes, arrival) = (received.bytes, received.arrival);
             self.stats.meter.frames_in.add(1);
             self.stats.meter.bytes_in.add(bytes.len() as u64);
-            let is_long = bytes.get(cirro_protocol::types::ETHERNET_BYTES..).and_then(Header::is_long);
+            let is_long = bytes.get(ETHERNET_BYTES..).and_then(Header::is_long);
             let taken = match is_long {
                 None => Err(Drop::Malformed),
                 Some(true) if long_left == 0 => Err(Drop::HandshakeFlood),
@@ -185,13 +190,9 @@ impl<L: Link> Worker<L> {
                     long_left -= 1;
                     take_long(&mut self.disks, now, bytes)
                 }
-                Some(false) => take_short(
-                    &mut self.disks,
-                    (now, arrival),
-                    self.steer,
-                    bytes,
-                    &mut self.scratch.placements,
-                ),
+                Some(false) => {
+                    take_short(&mut self.disks, (now, arrival), self.steer, bytes, &mut self.scratch)
+                }
             };
             if let Err(drop) = taken {
                 self.stats.dropped(drop);
@@ -234,26 +235,22 @@ impl<L: Link> Worker<L> {
         if !self.scratch.copies.has_room() {
             self.flush(now);
         }
-        let Scratch { payloads, crcs, copies, .. } = &mut self.scratch;
         let Some(frame) = self.link.frame() else { return Sent::NoRoom };
         let disk = &mut self.disks[index].disk;
-        payloads.clear();
-        crcs.clear();
-        let Some(transmit) = disk.initiator.poll_transmit(now, &mut frame.head, payloads) else {
+        self.scratch.payloads.clear();
+        let Some(transmit) = disk.initiator.poll_transmit(now, &mut frame.head, &mut self.scratch.payloads)
+        else {
             return Sent::Nothing;
         };
-        for payload in payloads.iter() {
-            if payload.losses >= crate::disk::PRIVATE_AFTER_LOSSES {
-                self.stats.private_copies.add(1);
-            }
-            disk.add_payload(payload, copies, crcs, |run| frame.push_cut(payload.at, run));
-        }
-        for crc in crcs.iter() {
-            frame.head.extend_from_slice(&crc.to_le_bytes());
-        }
         match transmit.seal {
-            SealWith::Long => seal_long(&mut frame.head),
-            SealWith::Session(sender, receiver) => seal_crc(Nonces { sender, receiver }, &mut frame.head),
+            SealWith::Long => disk.protection.seal_long(&mut frame.head, (disk.initiator.cid(), self.steer)),
+            SealWith::Session(..) if disk.protection.has_keys() => {
+                seal_with_keys(disk, transmit.pn, frame, &mut self.scratch);
+            }
+            SealWith::Session(sender, receiver) => {
+                let copied = seal_with_crcs(disk, Nonces { sender, receiver }, frame, &mut self.scratch);
+                self.stats.private_copies.add(copied);
+            }
         }
         let len = frame.len();
         self.link.commit(FrameId { session: index as u32, pn: transmit.pn });
@@ -290,38 +287,68 @@ enum Sent {
     NoRoom,
 }
 
-/// A handshake frame names no session that could be looked up, so each disk says whether it is for it.
+/// Names the data where it lies in guest memory, and adds checksums and tag. How many pieces were copied for it (P-99).
+fn seal_with_crcs(disk: &Disk, nonces: Nonces, frame: &mut TxFrame, scratch: &mut Scratch) -> u64 {
+    let Scratch { payloads, crcs, copies, .. } = scratch;
+    crcs.clear();
+    for payload in payloads.iter() {
+        disk.add_payload(payload, copies, crcs, |run| frame.push_cut(payload.at, run));
+    }
+    for crc in crcs.iter() {
+        frame.head.extend_from_slice(&crc.to_le_bytes());
+    }
+    seal_crc(nonces, &mut frame.head);
+    payloads.iter().filter(|payload| payload.losses >= crate::disk::PRIVATE_AFTER_LOSSES).count() as u64
+}
+
+/// Copies the data into the frame, once, and encrypts it there: what the guest changes meanwhile is not looked at again.
+fn seal_with_keys(disk: &mut Disk, pn: u64, frame: &mut TxFrame, scratch: &mut Scratch) {
+    let Scratch { payloads, head, .. } = scratch;
+    head.clear();
+    std::mem::swap(head, &mut frame.head);
+    splice(head, payloads, &mut frame.head, |payload, out| {
+        disk.copy_payload(payload, out);
+        true
+    });
+    disk.protection.seal(pn, &mut frame.head);
+}
+
+/// A handshake frame is for the disk whose cid it names; a question's answer or a hint names none, so each disk says whether it is for it.
 fn take_long(disks: &mut [Place], now: Instant, bytes: &[u8]) -> Result<(), Drop> {
+    if is_guarded(&bytes[ETHERNET_BYTES..]) {
+        return protection::take_guarded(disks.iter_mut().map(|place| &mut place.disk), now, bytes);
+    }
     let frame = LongFrame::parse(bytes).map_err(|_| Drop::Malformed)?;
     open_long(bytes).map_err(|_| Drop::Handshake)?;
-    for place in disks {
+    for place in disks.iter_mut().filter(|place| !place.disk.protection.is_by_keys()) {
         place.disk.initiator.handle_long(now, &frame);
     }
     Ok(())
 }
 
-/// All checksums are checked before the core sees the frame; what it brought is in the guest before the next is looked at.
+/// The seal is checked before the core sees the frame; what it brought is in the guest before the next is looked at.
 fn take_short(
     disks: &mut [Place],
     (now, arrival): (Instant, Instant),
     steer: Steer,
     bytes: &[u8],
-    placements: &mut Vec<Placement>,
+    scratch: &mut Scratch,
 ) -> Result<(), Drop> {
-    let frame = Frame::parse(bytes).map_err(|_| Drop::Malformed)?;
-    if frame.header.steer != steer {
+    let source = Ethernet::parse(bytes).map_err(|_| Drop::Malformed)?.source;
+    let header = Header::parse(&bytes[ETHERNET_BYTES..]).map_err(|_| Drop::Malformed)?;
+    if header.steer != steer {
         return Err(Drop::OtherWorker);
     }
-    let source = Ethernet::parse(bytes).map_err(|_| Drop::Malformed)?.source;
-    let cid = frame.header.cid;
-    let disk = &mut disks.get_mut(cid.index()).ok_or(Drop::NoSession)?.disk;
-    let (sender, receiver) = disk.initiator.nonces_in(cid, source).ok_or(Drop::NoSession)?;
-    open_crc(Nonces { sender, receiver }, &frame).map_err(|mismatch| match mismatch {
-        Mismatch::Tag | Mismatch::Mode => Drop::Tag,
+    let disk = &mut disks.get_mut(header.cid.index()).ok_or(Drop::NoSession)?.disk;
+    let nonces = disk.initiator.nonces_in(header.cid, source).ok_or(Drop::NoSession)?.into();
+    let Scratch { placements, plain, .. } = scratch;
+    let frame = disk.protection.open(nonces, &header, bytes, plain).map_err(|mismatch| match mismatch {
+        Mismatch::Layout => Drop::Malformed,
+        Mismatch::Tag | Mismatch::Mode | Mismatch::Phase => Drop::Tag,
         Mismatch::Payload { .. } => Drop::Payload,
     })?;
     placements.clear();
     disk.initiator.handle_frame(now, arrival, &frame, placements);
-    disk.place(bytes, placements);
+    disk.place(frame.bytes(), placements);
     Ok(())
 }

@@ -18,6 +18,7 @@ use cirro_backend::config::{DiskEntry, Socket};
 use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Inbox, Mailbox, mailbox};
+use cirro_backend::protection::Protection;
 use cirro_backend::record::Record;
 use cirro_backend::replay::Replay;
 use cirro_backend::server::{DiskServer, Listening, run_worker};
@@ -31,6 +32,7 @@ use cirro_link::{FrameId, Link, Received, TxFrame, clock};
 use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{ETHERTYPE_DEFAULT, MacAddress, Steer, Uuid};
+use cirro_protocol::wire::Mode;
 use rig::guest::{DATA, Ring, SIZE, Used, pattern};
 use rig::node::Node;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -98,6 +100,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
     let (here, there) = pair(9000);
     let config = Config {
         volume: "vol".parse().unwrap(),
+        mode: Mode::Crc,
         attachment: Uuid([1; 16]),
         session_epoch: 1 << 32,
         address: here.address(),
@@ -116,6 +119,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         read_only: false,
         queues: 2,
         initiator: Initiator::new(config, clock::now()),
+        protection: Protection::new(None),
         attach,
         record: Record::in_memory(2),
         replay: Replay::in_memory(2 << 20),
@@ -161,6 +165,7 @@ impl Backend {
                 volume: "vol".parse().unwrap(),
                 socket: Socket::Path(path.clone()),
                 node: None,
+                node_key: None,
                 read_only: false,
                 queues: 2,
                 queue_size: SIZE,

@@ -8,6 +8,7 @@ pub mod client;
 mod connection;
 pub mod counter;
 pub mod daemon;
+pub mod keyfile;
 pub mod latency;
 pub mod publish;
 pub mod report;

@@ -419,7 +419,11 @@ impl Report {
         match request {
             Request::Status {} => self.drop_counters(),
             Request::Stats {} => {}
-            Request::LinkTapPush(_) | Request::LinkTapPop {} => {
+            Request::LinkTapPush(_)
+            | Request::LinkTapPop {}
+            | Request::VolumeGrant(_)
+            | Request::VolumeRevoke(_)
+            | Request::VolumeGrants { .. } => {
                 return request.not_supported(&self.process().program);
             }
         }

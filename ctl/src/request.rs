@@ -29,6 +29,67 @@ pub enum Request {
     LinkTapPush(TapPush),
     /// End every tap and close the files. Answer: [`TapPopped`].
     LinkTapPop {},
+    /// Say what a client may do with a volume from now on; its sessions on it end. Answer: [`Grants`].
+    VolumeGrant(VolumeGrant),
+    /// Take every right on a volume from a client; its sessions on it end. Answer: [`Grants`].
+    VolumeRevoke(VolumeRevoke),
+    /// Who may use a volume. Answer: [`Grants`].
+    VolumeGrants {
+        /// Its name.
+        volume: String,
+    },
+}
+
+/// A right given to a client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeGrant {
+    /// The volume's name.
+    pub volume: String,
+    /// The client: its public key, or its MAC address where security is none.
+    pub client: String,
+    /// `ro` or `rw`.
+    pub right: GrantRight,
+}
+
+/// What can be granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GrantRight {
+    /// Read.
+    Ro,
+    /// Read and write.
+    Rw,
+}
+
+/// A right taken away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRevoke {
+    /// The volume's name.
+    pub volume: String,
+    /// The client, as in [`VolumeGrant`].
+    pub client: String,
+}
+
+/// Who may use a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grants {
+    /// The volume's name.
+    pub volume: String,
+    /// True where security is none and nobody was ever named: everybody may.
+    pub open_to_all: bool,
+    /// In the order of the clients.
+    pub grants: Vec<GrantEntry>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantEntry {
+    /// The client.
+    pub client: String,
+    /// Its right.
+    pub right: GrantRight,
 }
 
 /// Where and how much a tap writes.
@@ -104,6 +165,9 @@ impl Request {
             Request::Stats {} => "stats",
             Request::LinkTapPush(_) => "link-tap-push",
             Request::LinkTapPop {} => "link-tap-pop",
+            Request::VolumeGrant(_) => "volume-grant",
+            Request::VolumeRevoke(_) => "volume-revoke",
+            Request::VolumeGrants { .. } => "volume-grants",
         }
     }
 
@@ -133,9 +197,18 @@ mod tests {
     #[test]
     fn every_request_is_read_back_and_named_as_written() {
         let push = TapPush { path: "/a".into(), frame_bytes_max: 96, file_bytes_max: 7 };
-        for request in
-            [Request::Status {}, Request::Stats {}, Request::LinkTapPush(push), Request::LinkTapPop {}]
-        {
+        let (volume, client) = ("v".to_owned(), "c".to_owned());
+        let revoke = VolumeRevoke { volume: volume.clone(), client: client.clone() };
+        let grant = VolumeGrant { volume: volume.clone(), client, right: GrantRight::Ro };
+        for request in [
+            Request::Status {},
+            Request::Stats {},
+            Request::LinkTapPush(push),
+            Request::LinkTapPop {},
+            Request::VolumeGrant(grant),
+            Request::VolumeRevoke(revoke),
+            Request::VolumeGrants { volume },
+        ] {
             let value = serde_json::to_value(&request).unwrap();
             assert_eq!(value["cmd"], request.name());
             assert_eq!(Request::parse(value.to_string().as_bytes()), Ok(request));

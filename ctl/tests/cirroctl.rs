@@ -195,7 +195,57 @@ fn node(request: Request) -> Result<Value, String> {
             Ok(json!({ "files": [{ "path": "/tmp/a.pcap", "frames": 12, "frames_missed": 1 }] }))
         }
         Request::Status {} | Request::Stats {} => node_report().answer(&request),
+        Request::VolumeGrant(grant) if grant.volume == "a" => {
+            let open_to_all = false;
+            Ok(
+                json!({ "volume": "a", "open_to_all": open_to_all, "grants": [{ "client": grant.client, "right": grant.right }] }),
+            )
+        }
+        Request::VolumeGrant(grant) => Err(format!("no volume {:?} is served here", grant.volume)),
+        Request::VolumeRevoke(_) => Ok(json!({ "volume": "a", "open_to_all": false, "grants": [] })),
+        Request::VolumeGrants { .. } => Ok(json!({ "volume": "a", "open_to_all": true, "grants": [] })),
     }
+}
+
+#[test]
+fn grants_are_given_taken_and_shown() {
+    let home = Home::new();
+    let _server = Server::start(&home.socket(), node).unwrap();
+    let key = "5".repeat(64);
+    let said = |arguments: &[&str]| text(&cirroctl(&home.socket(), arguments).stdout).to_owned();
+    assert_eq!(said(&["volume", "grant", "a", &key, "ro"]), format!("ro {key}\n"));
+    assert_eq!(said(&["volume", "revoke", "a", &key]), "nobody may use volume a\n");
+    assert!(said(&["volume", "grants", "a"]).starts_with("volume a is open to everybody"));
+    let refused = cirroctl(&home.socket(), &["volume", "grant", "b", &key, "rw"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("no volume \"b\" is served here"));
+    let refused = cirroctl(&home.socket(), &["volume", "grant", "a", &key, "none"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("volume revoke"));
+}
+
+#[test]
+fn keys_are_made_shown_and_never_overwritten() {
+    let home = Home::new();
+    let path = home.socket().with_file_name("key");
+    let made = cirroctl(&home.socket(), &["key", "new", &path.to_string_lossy()]);
+    let public = text(&made.stdout).to_owned();
+    assert_eq!((public.len(), made.status.code()), (65, Some(0)));
+    let shown = cirroctl(&home.socket(), &["key", "show", &path.to_string_lossy()]);
+    assert_eq!(text(&shown.stdout), public);
+    let secret = std::fs::read_to_string(&path).unwrap();
+    assert_ne!(secret, public);
+    let again = cirroctl(&home.socket(), &["key", "new", &path.to_string_lossy()]);
+    assert_eq!((again.status.code(), text(&again.stdout)), (Some(1), ""));
+    assert!(text(&again.stderr).contains("exists"), "{}", text(&again.stderr));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), secret);
+    let psk = home.socket().with_file_name("psk");
+    let made = cirroctl(&home.socket(), &["key", "psk", &psk.to_string_lossy()]);
+    assert_eq!((made.status.code(), text(&made.stdout)), (Some(0), ""));
+    std::fs::set_permissions(&psk, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let open = cirroctl(&home.socket(), &["key", "show", &psk.to_string_lossy()]);
+    assert_eq!(open.status.code(), Some(1));
+    assert!(text(&open.stderr).contains("others can read it"), "{}", text(&open.stderr));
 }
 
 #[test]

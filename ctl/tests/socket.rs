@@ -48,7 +48,11 @@ fn answer(request: Request) -> Result<Value, String> {
     match request {
         Request::Status {} => Ok(json!(42)),
         Request::Stats {} => Ok(json!("x".repeat(4 << 20))),
-        Request::LinkTapPush(_) | Request::LinkTapPop {} => request.not_supported("a test"),
+        Request::LinkTapPush(_)
+        | Request::LinkTapPop {}
+        | Request::VolumeGrant(_)
+        | Request::VolumeRevoke(_)
+        | Request::VolumeGrants { .. } => request.not_supported("a test"),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::wire::body::{Access, CloseReason, OpenRequest, VolumeInfo};
 use crate::wire::header::HEADER_BYTES;
 use crate::wire::long::HelloReply;
 use crate::wire::message::{MESSAGE_BYTES, RequestBody};
-use crate::wire::{Frame, Kind, Message, Payload};
+use crate::wire::{Frame, Kind, Message, Mode, Payload};
 
 /// Full-size probes without an echo, while small ones are echoed, before the path counts as narrower.
 const PROBE_TRIES: u32 = 8;
@@ -184,12 +184,16 @@ impl Connected {
         let plen = usize::from(message.plen);
         if plen == 0 {
             self.small_echoed = true;
-        } else if plen == probe_plen(self.session.config().frame_bytes_max) {
+        } else if plen == self.probe_plen(self.session.config().frame_bytes_max) {
             self.probe = None;
-        } else if plen == probe_plen(self.wider_frame_bytes()) && self.widen_at.is_some() {
+        } else if plen == self.probe_plen(self.wider_frame_bytes()) && self.widen_at.is_some() {
             return Outcome::Lost(LossCause::WiderPath);
         }
         Outcome::Goes
+    }
+
+    fn probe_plen(&self, frame_bytes: usize) -> usize {
+        probe_plen(frame_bytes, self.session.config().mode)
     }
 
     fn wider_frame_bytes(&self) -> usize {
@@ -401,14 +405,14 @@ impl Connected {
         stats: &mut Stats,
     ) -> Transmit {
         let mut writer = self.session.begin(now, 0, head, payloads);
-        let filler = alloc::vec![0; probe_plen(frame_bytes)];
+        let filler = alloc::vec![0; self.probe_plen(frame_bytes)];
         writer.push(Message::bare(Kind::Probe), &filler);
         self.session.finish(now, writer, stats)
     }
 }
 
 /// Payload of a PROBE that makes its frame as long as `frame_bytes`, rounded down to 8; 0 for a small one.
-pub(crate) const fn probe_plen(frame_bytes: usize) -> usize {
-    let overhead = HEADER_BYTES + MESSAGE_BYTES + 4;
+pub(crate) const fn probe_plen(frame_bytes: usize, mode: Mode) -> usize {
+    let overhead = HEADER_BYTES + MESSAGE_BYTES + mode.tag_bytes();
     if frame_bytes <= overhead { 0 } else { (frame_bytes - overhead) / 8 * 8 }
 }

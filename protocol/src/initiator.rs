@@ -27,10 +27,10 @@ use crate::session::{PayloadRef, Placement, SealWith, SessionConfig, Transmit};
 use crate::stats::Stats;
 use crate::time::{Instant, Nanos};
 use crate::types::{Cid, MacAddress, REQUEST_BYTES_MAX, Slot, Steer, Uuid, VolumeName};
-use crate::wire::Frame;
 use crate::wire::body::{Access, CloseReason, VolumeInfo};
 use crate::wire::ethernet::Ethernet;
 use crate::wire::long::{Body, Hello, HelloReply, IHave, LongFrame, WhoHas};
+use crate::wire::{Frame, Mode};
 
 /// After so long without an answer to HELLO the node is looked for again: it may have moved.
 const GREETING_PATIENCE: Nanos = Nanos::from_secs(1);
@@ -42,6 +42,8 @@ const REFUSED_PAUSE: Nanos = Nanos::from_millis(250);
 pub struct Config {
     /// The volume.
     pub volume: VolumeName,
+    /// How frames are protected. With keys, the caller seals and opens what this writes and takes.
+    pub mode: Mode,
     /// This attachment.
     pub attachment: Uuid,
     /// The first session epoch to use. Larger than any that the attachment used before: the caller made that durable.
@@ -238,6 +240,19 @@ impl Initiator {
         self.lose(now, LossCause::Abandoned);
     }
 
+    /// Where we want our frames: the session's cid, or that of the next.
+    pub fn cid(&self) -> Cid {
+        self.cid
+    }
+
+    /// What stood in the way of an answer is gone: asks again now.
+    pub fn hurry(&mut self, now: Instant) {
+        match &mut self.phase {
+            Phase::Seeking { retry, .. } | Phase::Greeting { retry, .. } => retry.hurry(now),
+            Phase::Connected(_) => {}
+        }
+    }
+
     /// The nonces (sender's, receiver's) to check the seal of a frame with; `None` when cid or source are not of our session.
     pub fn nonces_in(&self, cid: Cid, source: MacAddress) -> Option<(u64, u64)> {
         match &self.phase {
@@ -306,7 +321,7 @@ impl Initiator {
     }
 
     fn on_have(&mut self, now: Instant, frame: &LongFrame, have: &IHave) -> bool {
-        let answers = have.volume == Some(self.config.volume);
+        let answers = have.nonce != 0 && have.volume == self.asked_volume();
         match &mut self.phase {
             Phase::Seeking { nonce, .. } if answers && have.nonce == *nonce => {
                 self.greet(now, frame.ethernet.source, have.node, have.steer);
@@ -328,6 +343,11 @@ impl Initiator {
             }
             Phase::Seeking { .. } | Phase::Greeting { .. } | Phase::Connected(_) => false,
         }
+    }
+
+    /// What is asked for on the segment: the volume; with keys only the node, which the mark on the question names.
+    fn asked_volume(&self) -> Option<VolumeName> {
+        (self.config.mode == Mode::Crc).then_some(self.config.volume)
     }
 
     fn greet(&mut self, now: Instant, node_address: MacAddress, node: Uuid, node_steer: Steer) {
@@ -372,6 +392,7 @@ impl Initiator {
             return true;
         }
         let config = SessionConfig {
+            mode: self.config.mode,
             ethertype: self.config.ethertype,
             address: self.config.address,
             peer: source,
@@ -476,7 +497,8 @@ impl Initiator {
         payloads: &mut Vec<PayloadRef>,
     ) -> Option<Transmit> {
         let busy = self.awaited || !self.requests.is_idle();
-        let (address, steer, volume) = (self.config.address, self.config.steer, self.config.volume);
+        let (address, steer) = (self.config.address, self.config.steer);
+        let volume = self.asked_volume();
         let (destination, to_steer, body) = match &mut self.phase {
             Phase::Connected(connected) => {
                 connected.barred = self.fenced;

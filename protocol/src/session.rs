@@ -22,7 +22,7 @@ use crate::types::{Cid, ETHERNET_BYTES, MESSAGES_MAX, MacAddress, PAYLOADS_MAX, 
 use crate::wire::body::{ACK_RANGE_BYTES, parse_ack_ranges};
 use crate::wire::ethernet::Ethernet;
 use crate::wire::header::{FLAG_ACK_NOW, FLAG_CRC_TRAILER, HEADER_BYTES};
-use crate::wire::{Frame, Header, Kind, Message, Mode, crc_count, pad_to_8};
+use crate::wire::{Frame, Header, Kind, Message, Mode, pad_to_8};
 
 /// The longest that a peer means to hold an ack back: what it does when it does not spin.
 const PEER_ACK_DELAY: Nanos = Nanos::from_micros(200);
@@ -72,7 +72,7 @@ pub struct Placement {
 pub enum SealWith {
     /// As a LONG frame.
     Long,
-    /// With the session's nonces: the sender's, the receiver's.
+    /// As the session's mode says; with CRCs, its nonces: the sender's, the receiver's.
     Session(u64, u64),
 }
 
@@ -88,6 +88,8 @@ pub struct Transmit {
 /// What a session is made of, once both sides have agreed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SessionConfig {
+    /// How its frames are protected.
+    pub mode: Mode,
     /// The EtherType of its frames.
     pub ethertype: u16,
     /// Our address.
@@ -145,6 +147,7 @@ pub(crate) struct Session {
 pub(crate) struct FrameWriter<'a> {
     head: &'a mut Vec<u8>,
     payloads: &'a mut Vec<PayloadRef>,
+    mode: Mode,
     /// Bytes after the Ethernet header, CRCs and tag included.
     used: usize,
     limit: usize,
@@ -157,7 +160,7 @@ pub(crate) struct FrameWriter<'a> {
 impl FrameWriter<'_> {
     /// True if a message with `plen` bytes of payload still fits.
     pub(crate) fn fits(&self, header_bytes: usize, plen: usize) -> bool {
-        let needed = header_bytes + plen + pad_to_8(plen) + 4 * crc_count(plen);
+        let needed = header_bytes + plen + pad_to_8(plen) + self.mode.trailer_bytes(plen);
         self.used + needed <= self.limit && self.messages < MESSAGES_MAX && self.payloads.len() < PAYLOADS_MAX
     }
 
@@ -177,7 +180,7 @@ impl FrameWriter<'_> {
         self.payloads.push(PayloadRef { at: self.head.len(), slot: message.slot, offset, len, losses });
         self.pad(len as usize);
         self.count(&message, len as usize);
-        self.used += 4 * crc_count(len as usize);
+        self.used += self.mode.trailer_bytes(len as usize);
         self.data_bytes += len as usize;
     }
 
@@ -454,7 +457,7 @@ impl Session {
         Ethernet { destination: c.peer, source: c.address, ethertype: c.ethertype }.emit(head);
         let ack = self.received.ack(now);
         let header = Header {
-            mode: Mode::Crc,
+            mode: c.mode,
             key_phase: 0,
             flags: 0,
             steer: c.peer_steer,
@@ -469,6 +472,7 @@ impl Session {
         FrameWriter {
             head,
             payloads,
+            mode: header.mode,
             used: HEADER_BYTES + header.mode.tag_bytes(),
             limit: c.frame_bytes_max,
             messages: 0,
@@ -517,7 +521,7 @@ impl Session {
         if self.ack_now {
             flags |= FLAG_ACK_NOW;
         }
-        if !writer.payloads.is_empty() {
+        if !writer.payloads.is_empty() && writer.mode == Mode::Crc {
             flags |= FLAG_CRC_TRAILER;
         }
         writer.head[ETHERNET_BYTES + 1] = flags;
@@ -544,5 +548,5 @@ impl Session {
 }
 
 const _: () = assert!(
-    HEADER_BYTES + 16 + ACK_RANGE_BYTES * crate::wire::body::ACK_RANGES_MAX + 4 <= crate::types::MTU_MIN
+    HEADER_BYTES + 16 + ACK_RANGE_BYTES * crate::wire::body::ACK_RANGES_MAX + 16 <= crate::types::MTU_MIN
 );

@@ -32,7 +32,7 @@ use crate::types::{
 };
 use crate::wire::body::{CloseReason, OpenRequest, VolumeInfo};
 use crate::wire::long::{Hello, HelloReply};
-use crate::wire::{Frame, Kind, Message, Payload};
+use crate::wire::{Frame, Kind, Message, Mode, Payload};
 
 /// Frames that nobody acked for so long mean that the initiator is gone.
 const SILENCE_BUSY: Nanos = Nanos::from_secs(5);
@@ -46,6 +46,8 @@ const LOSSES_MAX: u8 = 8;
 /// What a target is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetConfig {
+    /// How frames are protected.
+    pub mode: Mode,
     /// The HELLO it answers.
     pub hello: Hello,
     /// Where the HELLO came from.
@@ -180,6 +182,7 @@ impl Target {
         let (piece_bytes, frame_bytes_max) =
             agree(usize::from(hello.mtu), usize::from(config.mtu), hello.piece_bytes_max);
         let session = SessionConfig {
+            mode: config.mode,
             ethertype: config.ethertype,
             address: config.address,
             peer: config.peer,

@@ -138,6 +138,43 @@ impl core::fmt::Display for Uuid {
     }
 }
 
+/// A public key of X25519 (RFC 7748), by which a daemon is known to others. Written as 64 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublicKey(pub [u8; 32]);
+
+/// Not 64 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a public key: 64 hexadecimal digits, as `cirroctl key show` prints them")]
+pub struct BadPublicKey;
+
+impl core::str::FromStr for PublicKey {
+    type Err = BadPublicKey;
+
+    fn from_str(text: &str) -> Result<PublicKey, BadPublicKey> {
+        let (digits, mut key) = (text.as_bytes(), [0; 32]);
+        if digits.len() != 64 {
+            return Err(BadPublicKey);
+        }
+        for (byte, pair) in key.iter_mut().zip(digits.chunks(2)) {
+            let digit = |at: usize| char::from(pair[at]).to_digit(16).ok_or(BadPublicKey);
+            *byte = (digit(0)? << 4 | digit(1)?) as u8;
+        }
+        Ok(PublicKey(key))
+    }
+}
+
+impl core::fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl core::fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
 /// A volume's name: 1 to [`VOLUME_NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_` and `-`, not starting with `.` or `-`
 /// (so it is safe as a file name and on a command line).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

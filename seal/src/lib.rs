@@ -1,15 +1,27 @@
-//! What touches payload to protect it: checksums and tags of frames.
+//! What touches payload to protect it: checksums and tags of frames, keys, and the handshakes that agree on them.
 //!
-//! Knows how a frame is sealed in mode none (CRC32C trailer and tag, `docs/PROTOCOL.md`); does not know sessions, guest memory or links.
-//! Workers of both ends call it: after the core wrote a frame's head, and before the core sees a received frame.
+//! Knows how a frame is sealed (`docs/PROTOCOL.md`): with CRC32C trailer and tag, or by AES-256-GCM ([`SessionKeys`]); does not know what a
+//! session says, guest memory or links. Workers of both ends call it: after the core wrote a frame's head, and before the core sees a
+//! received frame. Handshakes with keys: [`Caller`] is the backend's end, [`Answerer`] the node's.
 //!
-//! The order in which a frame is sealed: the core writes the head without the payloads, the worker appends one CRC per 4 KiB of each
+//! The order in which a frame is sealed with CRCs: the core writes the head without the payloads, the worker appends one CRC per 4 KiB of each
 //! payload in order ([`append_payload_crcs`], or a [`Crc32c`] of its own where the payload is guest memory), then [`seal_crc`] adds the tag.
 #![forbid(unsafe_code)]
 
+mod answerer;
+mod caller;
 mod crc;
+mod guard;
+mod identity;
+mod marks;
+mod session_keys;
 
+pub use answerer::{Admission, Answerer, Marked, Pending};
+pub use caller::{Caller, Said};
 pub use crc::{Crc32c, crc32c};
+pub use guard::{Guard, splice};
+pub use identity::{Entropy, Identity, new_private, os_entropy, public_of};
+pub use session_keys::{Nonce, PHASE_BITS, Secret, SessionKeys, Witness};
 
 use cirro_protocol::types::{BLOCK_BYTES, ETHERNET_BYTES};
 use cirro_protocol::wire::{Frame, Mode};
@@ -51,6 +63,12 @@ pub enum Mismatch {
     /// The frame is sealed in a mode that is not handled here.
     #[error("another sealing mode")]
     Mode,
+    /// The frame is of a key phase that is not near.
+    #[error("another key phase")]
+    Phase,
+    /// The frame is not laid out as it must be.
+    #[error("malformed")]
+    Layout,
 }
 
 /// Appends the CRCs of one payload, one per 4 KiB counted from its start (the last may cover less).

@@ -5,13 +5,15 @@
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use cirro_link::any::{BadSettings, Mode, Settings};
 use cirro_link::packet::WORKERS_MAX;
-use cirro_protocol::types::{REQUEST_BYTES_MAX, VolumeName};
+use cirro_protocol::types::{PublicKey, REQUEST_BYTES_MAX, VolumeName};
 use clap::{ArgAction, Parser, ValueEnum};
 use serde::Deserialize;
 
+use crate::access::{Client, Grant};
 use crate::node::{READ_POOL_BYTES_DEFAULT, WRITE_POOL_BYTES_DEFAULT};
 use crate::store::FILES_MAX;
 use crate::volume::{BadVolumeSpec, Durability, IoMode, VolumeSpec};
@@ -47,9 +49,19 @@ pub struct Flags {
     /// Read volumes and settings from this TOML file; flags win over it.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How frames are protected [default: none].
-    #[arg(long, value_name = "MODE")]
+    /// How frames are protected: keys, or none on a wire that you trust [default: keys].
+    #[arg(long, value_name = "none|keys")]
     pub security: Option<Security>,
+    /// The file of the node's private key, made at the first start; its public key is logged [default: key in the state directory].
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Let a client use a volume: the client's public key, or with --security none its MAC address; rw unless said. Can be given many
+    /// times. With --security none a volume that is granted to nobody is open to all.
+    #[arg(long = "grant", value_name = "VOLUME=CLIENT[:ro|rw]")]
+    pub grants: Vec<Grant>,
+    /// A secret that is shared with a client, beside the keys (cirroctl key psk makes one). Can be given many times.
+    #[arg(long = "psk", value_name = "CLIENT=FILE")]
+    pub psks: Vec<PskFile>,
     /// Keep owners of volumes and the node's identity here [default: /var/lib/cirrostratus/node].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -83,6 +95,31 @@ pub enum Security {
     Keys,
 }
 
+/// The file of a secret that is shared with a client: `CLIENT=FILE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PskFile {
+    /// The client's public key.
+    pub client: PublicKey,
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// Not of the form `CLIENT=FILE`.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "not of the form CLIENT=FILE, with the client's public key (64 hexadecimal digits) and the secret's file"
+)]
+pub struct BadPskFile;
+
+impl FromStr for PskFile {
+    type Err = BadPskFile;
+
+    fn from_str(text: &str) -> Result<PskFile, BadPskFile> {
+        let (client, path) = text.split_once('=').filter(|(_, path)| !path.is_empty()).ok_or(BadPskFile)?;
+        Ok(PskFile { client: client.parse().map_err(|_| BadPskFile)?, path: path.into() })
+    }
+}
+
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -92,6 +129,11 @@ struct File {
     #[serde(default)]
     udp_peers: Vec<Ipv4Addr>,
     security: Option<Security>,
+    key: Option<PathBuf>,
+    #[serde(default)]
+    grants: Vec<String>,
+    #[serde(default)]
+    psks: Vec<String>,
     state_dir: Option<PathBuf>,
     ctl_socket: Option<PathBuf>,
     workers: Option<u16>,
@@ -123,6 +165,12 @@ pub struct Config {
     pub link: Settings,
     /// At least one, each name once.
     pub volumes: Vec<VolumeSpec>,
+    /// The file of the node's private key; `None`: security is none.
+    pub key: Option<PathBuf>,
+    /// Who may use what.
+    pub grants: Vec<Grant>,
+    /// Secrets shared with clients.
+    pub psks: Vec<PskFile>,
     /// Where owners and identity are kept.
     pub state_dir: PathBuf,
     /// Where cirroctl is served.
@@ -179,9 +227,29 @@ pub enum ConfigError {
     /// The link's settings do not go together.
     #[error(transparent)]
     Link(#[from] BadSettings),
-    /// Keys are not there yet.
-    #[error("--security keys is not in this version; use --security none on a wire that you trust")]
-    Keys,
+    /// A grant or a secret in the file is wrong.
+    #[error("{}: {text:?}: {reason}", .path.display())]
+    Grant {
+        /// The file.
+        path: PathBuf,
+        /// As it is written there.
+        text: Box<str>,
+        /// What is wrong.
+        reason: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A grant to a client that cannot be told apart in this mode.
+    #[error("--grant {grant}: with --security {security} a client is named by its {named}")]
+    WrongClient {
+        /// The grant.
+        grant: Box<str>,
+        /// The mode.
+        security: &'static str,
+        /// By what.
+        named: &'static str,
+    },
+    /// A key where there are none.
+    #[error("{0} needs --security keys: leave one of the two out")]
+    NoKeys(&'static str),
     /// A number outside its range.
     #[error("{option} is {value}, but must be from {min} to {max}")]
     Range {
@@ -206,10 +274,13 @@ impl Config {
             None => (File::default(), Path::new("")),
             Some((path, text)) => (parse_file(path, text)?, path),
         };
-        if flags.security.or(parsed.security) == Some(Security::Keys) {
-            return Err(ConfigError::Keys);
-        }
+        let security = flags.security.or(parsed.security).unwrap_or(Security::Keys);
+        let grants = join_parsed(&flags.grants, &parsed.grants, path)?;
+        let psks = join_parsed(&flags.psks, &parsed.psks, path)?;
+        let key = flags.key.clone().or(parsed.key);
+        check_keys(security, key.is_some(), &grants, &psks)?;
         let volumes = join_volumes(&flags.volumes, parsed.volumes, path)?;
+        let state_dir = flags.state_dir.clone().or(parsed.state_dir).unwrap_or(STATE_DIR_DEFAULT.into());
         let link = flags.link.clone().or(parsed.link).filter(|link| !link.is_empty());
         let workers = flags.workers.or(parsed.workers).unwrap_or(1);
         let poll_us = flags.poll_us.or(parsed.poll_us).unwrap_or(POLL_US_DEFAULT);
@@ -224,7 +295,10 @@ impl Config {
                 (&flags.udp_peers, parsed.udp_peers),
             )?,
             volumes,
-            state_dir: flags.state_dir.clone().or(parsed.state_dir).unwrap_or(STATE_DIR_DEFAULT.into()),
+            key: (security == Security::Keys).then(|| key.unwrap_or_else(|| state_dir.join("key"))),
+            grants,
+            psks,
+            state_dir,
             ctl_socket: flags.ctl_socket.clone().or(parsed.ctl_socket).unwrap_or(CTL_SOCKET_DEFAULT.into()),
             workers,
             poll_us,
@@ -232,6 +306,43 @@ impl Config {
             read_pool_bytes: pool_bytes("read-pool-mib", read_mib, READ_POOL_BYTES_DEFAULT)?,
         })
     }
+}
+
+/// What the flags say, then what the file says.
+fn join_parsed<T>(flags: &[T], file: &[String], path: &Path) -> Result<Vec<T>, ConfigError>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static> + Clone,
+{
+    let of_file = file.iter().map(|text| {
+        text.parse().map_err(|error: T::Err| ConfigError::Grant {
+            path: path.to_owned(),
+            text: text.as_str().into(),
+            reason: error.into(),
+        })
+    });
+    // What is said last counts, so flags come last.
+    let of_file = of_file.collect::<Result<Vec<T>, _>>()?;
+    Ok(of_file.into_iter().chain(flags.iter().cloned()).collect())
+}
+
+fn check_keys(security: Security, key: bool, grants: &[Grant], psks: &[PskFile]) -> Result<(), ConfigError> {
+    let by_key = security == Security::Keys;
+    if !by_key && key {
+        return Err(ConfigError::NoKeys("--key"));
+    }
+    if !by_key && !psks.is_empty() {
+        return Err(ConfigError::NoKeys("--psk"));
+    }
+    let wrong = grants.iter().find(|grant| matches!(grant.client, Client::Key(_)) != by_key);
+    wrong.map_or(Ok(()), |grant| {
+        let (security, named) = if by_key {
+            ("keys", "public key, which `cirroctl key show` prints")
+        } else {
+            ("none", "MAC address")
+        };
+        let grant = format!("{}={}", grant.volume, grant.client).into();
+        Err(ConfigError::WrongClient { grant, security, named })
+    })
 }
 
 fn in_range(option: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
@@ -362,10 +473,6 @@ mod tests {
             refused(&["--link", "e", "--volume", "a=/a", "--volume", "a=/b"], "")
                 .contains("a is named twice")
         );
-        assert!(
-            refused(&["--link", "e", "--volume", "a=/a", "--security", "keys"], "")
-                .contains("not in this version")
-        );
         assert!(refused(&["--link", "e", "--volume", "a=/a", "--workers", "0"], "").contains("workers is 0"));
         assert!(
             refused(&["--link", "e", "--volume", "a=/a", "--read-pool-mib", "1"], "").contains("from 4 to")
@@ -380,5 +487,33 @@ mod tests {
             let parsed = Flags::try_parse_from(["cirro-node", "--volume", bad]);
             assert_eq!(parsed.expect_err(bad).exit_code(), 2, "{bad}");
         }
+    }
+
+    #[test]
+    fn keys_are_the_default_and_clients_are_named_as_the_mode_says() {
+        let (key, mac) = ("5".repeat(64), "02:00:00:00:00:07");
+        let grant = format!("a={key}:ro");
+        let psk = format!("{key}=/p");
+        let by_key = flags(&["--link", "e", "--volume", "a=/a", "--grant", &grant, "--psk", &psk]);
+        let config = Config::new(&by_key, None).unwrap();
+        assert_eq!(config.key, Some(Path::new(STATE_DIR_DEFAULT).join("key")));
+        assert_eq!((config.grants[0].right.name(), config.psks[0].path.as_path()), ("ro", Path::new("/p")));
+        let file = format!("grants = [\"a={key}\", \"b={key}:ro\"]\npsks = [\"{key}=/p\"]\nkey = \"/k\"");
+        let of_file = flags(&["--link", "e", "--volume", "a=/a", "--grant", &grant]);
+        let config = Config::new(&of_file, Some((Path::new("n.toml"), &file))).unwrap();
+        let rights: Vec<_> = config.grants.iter().map(|grant| grant.right.name()).collect();
+        // The flag comes last, and the right that is said last counts.
+        assert_eq!((config.key, rights), (Some("/k".into()), vec!["rw", "ro", "ro"]));
+
+        let base = ["--link", "e", "--volume", "a=/a"];
+        let with = |more: &[&str]| refused(&[&base, more].concat(), "");
+        assert!(with(&["--grant", &format!("a={mac}")]).contains("named by its public key"));
+        assert!(with(&["--security", "none", "--grant", &grant]).contains("named by its MAC address"));
+        assert!(with(&["--security", "none", "--key", "/k"]).contains("--key needs --security keys"));
+        assert!(with(&["--security", "none", "--psk", &psk]).contains("--psk needs --security keys"));
+        assert!(refused(&base, "grants = [\"a\"]").contains("n.toml: \"a\": not of the form"));
+        let none =
+            flags(&["--link", "e", "--volume", "a=/a", "--security", "none", "--grant", &format!("a={mac}")]);
+        assert_eq!(Config::new(&none, None).unwrap().key, None);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! `server` runs workers; each is a `node` over a link and a store. `docs/ARCHITECTURE.md` has the map.
 
+pub mod access;
 pub mod buffers;
 pub mod config;
 mod memory;

@@ -9,9 +9,13 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 use cirro_ctl::daemon::{self, Usage};
+use cirro_ctl::keyfile::{self, KeyFileError};
 use cirro_ctl::publish::{Publisher, Reader};
 use cirro_ctl::report::{self, NodeReport, Report};
-use cirro_ctl::request::{Request, TapFile, TapPopped, TapPush, TapPushed};
+use cirro_ctl::request::{
+    GrantEntry, GrantRight, Grants, Request, TapFile, TapPopped, TapPush, TapPushed, VolumeGrant,
+    VolumeRevoke,
+};
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
 use cirro_link::any::{self, AnyLink};
@@ -19,6 +23,7 @@ use cirro_link::stack::stack;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps, Way};
 use cirro_link::{Drops, Link, clock, random};
+use cirro_node::access::{AccessList, Client, Right};
 use cirro_node::config::{Config, Flags};
 use cirro_node::node::{Directory, Meter, NodeConfig, NodeWorker, Snapshot};
 use cirro_node::owner::OwnerRecord;
@@ -30,7 +35,8 @@ use cirro_node::state_dir::StateDir;
 use cirro_node::store::uring::UringStore;
 use cirro_node::volume::{Volume, refuse_same_file};
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid, VolumeName};
+use cirro_seal::{Identity, os_entropy};
 use clap::Parser;
 
 const PROGRAM: &str = "cirro-node";
@@ -53,10 +59,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let facts = link_facts(&config, &links, started);
-    log::warn!(
-        "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
-        config.link.interface
-    );
+    let security = open_security(&config, &state)?;
 
     let worker_of = |index: usize| (index % usize::from(config.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));
@@ -65,6 +68,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         config: &config,
         state: &state,
         directory,
+        security: &security,
         process,
         incarnation: random::uuid(),
         stop: &stop,
@@ -82,7 +86,18 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let waiting: WaitingList = Arc::new(Mutex::new(waiting.collect()));
     let views = workers.iter().map(|worker| worker.view.clone()).collect();
     let taps = Taps::new(workers.iter().map(|worker| way_to(&worker.door)).collect());
-    let mut control = Control { started, link: facts, views, waiting: Arc::clone(&waiting), taps };
+    let doors = workers.iter().map(|worker| worker.door.clone()).collect();
+    let mut control = Control {
+        started,
+        link: facts,
+        views,
+        waiting: Arc::clone(&waiting),
+        taps,
+        volumes: config.volumes.iter().map(|volume| volume.name).collect(),
+        access: Arc::clone(&security.access),
+        by_key: security.identity.is_some(),
+        doors,
+    };
     let server = Server::start(&config.ctl_socket, move |request: Request| control.answer(&request))?;
     serve_what_is_free(&waiting);
     log::info!("node {} is ready on {} as process {process}", state.node, config.link.interface);
@@ -123,11 +138,46 @@ fn link_facts(config: &Config, links: &[AnyLink], started: Instant) -> report::L
     }
 }
 
+/// Who the node is, and who may do what.
+struct Security {
+    /// Where frames are protected by keys.
+    identity: Option<Arc<Identity>>,
+    access: Arc<AccessList>,
+}
+
+fn open_security(config: &Config, state: &Arc<StateDir>) -> anyhow::Result<Security> {
+    let psks = config.psks.iter().map(|psk| Ok((psk.client, keyfile::read(&psk.path)?)));
+    let psks = psks.collect::<Result<_, KeyFileError>>()?;
+    let access = Arc::new(AccessList::new(config.key.is_none(), &config.grants, psks, state)?);
+    let Some(path) = &config.key else {
+        log::warn!(
+            "security is none: frames on {} are neither secret nor signed; use it on a wire that you trust",
+            config.link.interface
+        );
+        return Ok(Security { identity: None, access });
+    };
+    let (private, new) = keyfile::read_or_make(path)?;
+    let identity = Identity::new(private, os_entropy());
+    let made = if new { " (new)" } else { "" };
+    log::info!("the node's key, for --node-key of its clients: {}{made}", identity.public());
+    for volume in &config.volumes {
+        if access.granted(&volume.name).is_empty() {
+            log::warn!(
+                "volume {}: granted to nobody; give it to a client with `cirroctl volume grant {} KEY rw`",
+                volume.name,
+                volume.name
+            );
+        }
+    }
+    Ok(Security { identity: Some(Arc::new(identity)), access })
+}
+
 /// What all workers have in common.
 struct Common<'a> {
     config: &'a Config,
     state: &'a Arc<StateDir>,
     directory: Arc<Directory>,
+    security: &'a Security,
     process: u16,
     incarnation: Uuid,
     stop: &'a Stop,
@@ -166,6 +216,8 @@ impl Common<'_> {
             steer: Steer::new(self.process, index),
             // A worker that spins can ack soon without waking up for it.
             ack_delay_max: Nanos::from_micros(if config.poll_us > 0 { 50 } else { 200 }),
+            identity: self.security.identity.clone(),
+            access: Arc::clone(&self.security.access),
             write_pool_bytes: config.write_pool_bytes,
             read_pool_bytes: config.read_pool_bytes,
         };
@@ -202,16 +254,35 @@ struct Control {
     views: Vec<View>,
     waiting: WaitingList,
     taps: Taps,
+    volumes: Vec<VolumeName>,
+    access: Arc<AccessList>,
+    by_key: bool,
+    doors: Vec<Door>,
 }
 
 impl Control {
     fn answer(&mut self, request: &Request) -> Result<serde_json::Value, String> {
         let answer = match request {
             Request::Status {} | Request::Stats {} => return Report::Node(self.report()).answer(request),
-            Request::LinkTapPush(push) => self.push_taps(push).map(serde_json::to_value),
-            Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value),
+            Request::LinkTapPush(push) => {
+                self.push_taps(push).map(serde_json::to_value).map_err(anyhow::Error::from)
+            }
+            Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value).map_err(anyhow::Error::from),
+            Request::VolumeGrant(VolumeGrant { volume, client, right }) => {
+                let right = match right {
+                    GrantRight::Ro => Right::ReadOnly,
+                    GrantRight::Rw => Right::ReadWrite,
+                };
+                self.set_right(volume, client, right).map(serde_json::to_value)
+            }
+            Request::VolumeRevoke(VolumeRevoke { volume, client }) => {
+                self.set_right(volume, client, Right::None).map(serde_json::to_value)
+            }
+            Request::VolumeGrants { volume } => {
+                self.volume(volume).map(|volume| serde_json::to_value(self.grants(&volume)))
+            }
         };
-        let value = answer.map_err(|error| error.to_string())?;
+        let value = answer.map_err(|error| format!("{error:#}"))?;
         value.map_err(|error| format!("the answer cannot be written: {error}"))
     }
 
@@ -227,6 +298,39 @@ impl Control {
             frames_missed: recorded.left_out,
         });
         Ok(TapPopped { files: files.collect() })
+    }
+
+    fn volume(&self, name: &str) -> anyhow::Result<VolumeName> {
+        let known = self.volumes.iter().find(|volume| volume.as_str() == name);
+        known.copied().with_context(|| format!("no volume {name:?} is served here"))
+    }
+
+    fn set_right(&self, volume: &str, client: &str, right: Right) -> anyhow::Result<Grants> {
+        let (volume, client) = (self.volume(volume)?, client.parse::<Client>()?);
+        let (security, named) = if self.by_key { ("keys", "public key") } else { ("none", "MAC address") };
+        let fits = matches!(client, Client::Key(_)) == self.by_key;
+        anyhow::ensure!(fits, "{client}: security is {security}, so a client is named by its {named}");
+        if self.access.set(volume, client, right)? {
+            log::info!("volume {volume}: client {client} has the right {} now", right.name());
+            self.doors.iter().for_each(|door| door.end_sessions_of(volume, client));
+        }
+        Ok(self.grants(&volume))
+    }
+
+    fn grants(&self, volume: &VolumeName) -> Grants {
+        let grants = self.access.granted(volume).into_iter().filter_map(|(client, right)| {
+            let right = match right {
+                Right::ReadOnly => GrantRight::Ro,
+                Right::ReadWrite => GrantRight::Rw,
+                Right::None => return None,
+            };
+            Some(GrantEntry { client: client.to_string(), right })
+        });
+        Grants {
+            volume: volume.to_string(),
+            open_to_all: self.access.is_open(volume),
+            grants: grants.collect(),
+        }
     }
 
     fn report(&self) -> NodeReport {

@@ -16,9 +16,11 @@ use cirro_link::tap::{Exchange, Tap};
 use cirro_link::wait::Waiter;
 use cirro_link::{Link, clock};
 use cirro_protocol::time::{Instant, Nanos};
+use cirro_protocol::types::VolumeName;
 use log::{debug, error, info, warn};
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::access::Client;
 use crate::node::{NodeWorker, Snapshot, Wake};
 use crate::owner::{FileKeeper, OwnerRecord};
 use crate::store::uring::UringStore;
@@ -43,6 +45,7 @@ pub struct Admission {
 enum Order {
     Serve(Admission),
     Tap(Exchange),
+    EndSessions(VolumeName, Client),
 }
 
 /// The door to a worker: volumes go in, what its tap is to record into, and the wish to end.
@@ -89,6 +92,13 @@ impl Door {
     pub fn exchange(&self, exchange: Exchange) {
         // A worker that has ended drops it, and so answers that it is gone.
         let _ = self.orders.send(Order::Tap(exchange));
+        self.ring();
+    }
+
+    /// Has the worker end a client's sessions on a volume: its right has changed.
+    pub fn end_sessions_of(&self, volume: VolumeName, client: Client) {
+        // A worker that has ended has no sessions.
+        let _ = self.orders.send(Order::EndSessions(volume, client));
         self.ring();
     }
 
@@ -177,6 +187,7 @@ fn answer_door(worker: &mut NodeWorker<Tap<impl Link>, UringStore>, seat: &Seat,
         match order {
             Order::Serve(admission) => serve(worker, admission, now),
             Order::Tap(exchange) => exchange.carry_out(worker.link_mut()),
+            Order::EndSessions(volume, client) => worker.end_sessions_of(&volume, &client),
         }
     }
 }
@@ -297,6 +308,7 @@ mod tests {
     use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
 
     use super::*;
+    use crate::access::AccessList;
     use crate::node::{Directory, NodeConfig};
     use crate::owner::MemoryKeeper;
 
@@ -314,6 +326,8 @@ mod tests {
             ethertype: ETHERTYPE_DEFAULT,
             steer: Steer::new(2, 0),
             ack_delay_max: Nanos::from_micros(50),
+            identity: None,
+            access: Arc::new(AccessList::fixed(true, &[])),
             write_pool_bytes: 1 << 20,
             read_pool_bytes: 1 << 20,
         };

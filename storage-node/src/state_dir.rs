@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use cirro_protocol::types::{Uuid, VolumeName};
 
+use crate::access::Grant;
 use crate::owner::OwnerRecord;
 
 /// Bytes of the secret behind reset tokens: a SipHash key.
@@ -18,6 +19,9 @@ pub const SECRET_BYTES: usize = 16;
 const OWNER_MAGIC: &str = "cirro-owner-1";
 /// Largest record: magic, epoch, uuid, checksum and blanks are below 100 bytes.
 const RECORD_BYTES_MAX: u64 = 256;
+/// First line of the file of grants, and its largest size: a hundred thousand of them.
+const GRANTS_MAGIC: &str = "cirro-grants-1";
+const GRANTS_BYTES_MAX: u64 = 16 << 20;
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +94,7 @@ impl StateDir {
     /// [`StateError::Damaged`] and [`StateError::Io`].
     pub fn read_owner(&self, volume: &VolumeName) -> Result<OwnerRecord, StateError> {
         let path = self.owner_path(volume);
-        match read_bounded(&path)? {
+        match read_bounded(&path, RECORD_BYTES_MAX)? {
             None => Ok(OwnerRecord::default()),
             Some(text) => parse_owner(&text).ok_or(StateError::Damaged {
                 path,
@@ -108,6 +112,33 @@ impl StateDir {
         write_durably(&self.owner_path(volume), &format_owner(record))
     }
 
+    /// What was granted and revoked while the node ran; nothing when there is no such file.
+    ///
+    /// # Errors
+    /// [`StateError::Damaged`] and [`StateError::Io`].
+    pub fn read_grants(&self) -> Result<Vec<Grant>, StateError> {
+        let path = self.path.join("grants");
+        let text = read_bounded(&path, GRANTS_BYTES_MAX)?;
+        text.map_or(Ok(Vec::new()), |text| {
+            parse_grants(&text).ok_or(StateError::Damaged {
+                path,
+                what: "not a whole list of grants",
+                loss: "nothing was revoked or granted with cirroctl, or you say all of it again",
+            })
+        })
+    }
+
+    /// Makes the list durable, as [`StateDir::write_owner`] does.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn write_grants(&self, grants: &[Grant]) -> Result<(), StateError> {
+        let lines = grants.iter().map(|g| format!("{} {} {}\n", g.volume, g.client, g.right.name()));
+        let body = std::iter::once(format!("{GRANTS_MAGIC}\n")).chain(lines).collect::<String>();
+        let crc = cirro_seal::crc32c(body.as_bytes());
+        write_durably(&self.path.join("grants"), &format!("{body}{crc:08x}\n"))
+    }
+
     fn owner_path(&self, volume: &VolumeName) -> PathBuf {
         self.path.join("owners").join(volume.as_str())
     }
@@ -117,11 +148,11 @@ fn failed(path: &Path, what: &'static str, error: io::Error) -> StateError {
     StateError::Io { path: path.to_owned(), what, error }
 }
 
-fn read_bounded(path: &Path) -> Result<Option<String>, StateError> {
+fn read_bounded(path: &Path, bytes_max: u64) -> Result<Option<String>, StateError> {
     match fs::metadata(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(path, "cannot look at it", e)),
-        Ok(facts) if facts.len() > RECORD_BYTES_MAX => return Ok(Some(String::new())),
+        Ok(facts) if facts.len() > bytes_max => return Ok(Some(String::new())),
         Ok(_) => {}
     }
     let bytes = fs::read(path).map_err(|e| failed(path, "cannot read it", e))?;
@@ -152,7 +183,7 @@ fn kept_bytes(
     random: &mut impl FnMut(&mut [u8]),
 ) -> Result<[u8; 16], StateError> {
     let damaged = || StateError::Damaged { path: path.to_owned(), what: "not 32 hexadecimal digits", loss };
-    if let Some(text) = read_bounded(path)? {
+    if let Some(text) = read_bounded(path, RECORD_BYTES_MAX)? {
         return text.strip_suffix('\n').and_then(parse_hex).ok_or_else(damaged);
     }
     let mut bytes = [0; 16];
@@ -184,6 +215,22 @@ fn parse_owner(text: &str) -> Option<OwnerRecord> {
     let holder = if holder == "-" { None } else { Some(Uuid(parse_hex(holder)?)) };
     let record = OwnerRecord { vol_epoch: epoch.parse().ok()?, holder };
     (magic == OWNER_MAGIC && words.next().is_none()).then_some(record)
+}
+
+/// A line for each, `VOLUME CLIENT RIGHT`, between the magic and a CRC32C over all before it.
+fn parse_grants(text: &str) -> Option<Vec<Grant>> {
+    let (body, crc) = text.strip_suffix('\n')?.rsplit_once('\n')?;
+    if crc != format!("{:08x}", cirro_seal::crc32c(format!("{body}\n").as_bytes())) {
+        return None;
+    }
+    let mut lines = body.split('\n');
+    let magic = lines.next()? == GRANTS_MAGIC;
+    let grants = lines.map(|line| {
+        let mut words = line.split(' ');
+        let volume = words.next()?.parse().ok()?;
+        Some(Grant { volume, client: words.next()?.parse().ok()?, right: words.next()?.parse().ok()? })
+    });
+    grants.collect::<Option<Vec<_>>>().filter(|_| magic)
 }
 
 #[cfg(test)]

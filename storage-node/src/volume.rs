@@ -19,6 +19,7 @@ use cirro_protocol::wire::body::{
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, fstatfs, statx};
 use serde::{Deserialize, Serialize};
 
+use crate::access::Right;
 use crate::memory::VolumeMemory;
 use crate::store::{Cached, StoreFile};
 
@@ -420,14 +421,15 @@ impl Volume {
     }
 
     /// What an answer to OPEN or STAT says of it, with the given epoch and handle.
-    pub fn info(&self, vol_epoch: u64, vol_handle: u32) -> VolumeInfo {
+    pub fn info(&self, vol_epoch: u64, vol_handle: u32, right: Right) -> VolumeInfo {
         let mut flags = 0;
-        if self.read_only {
+        let read_only = self.read_only || right != Right::ReadWrite;
+        if read_only {
             flags |= VOLUME_READ_ONLY;
         } else {
             flags |= VOLUME_WRITE_ZEROES;
         }
-        if self.discards {
+        if self.discards && !read_only {
             flags |= VOLUME_DISCARD;
         }
         if self.durability == Durability::WriteThrough {
@@ -651,11 +653,15 @@ mod tests {
     fn an_answer_to_open_says_what_the_volume_can_do() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = sparse(dir.path(), "a", 1 << 20);
-        let info = Volume::open(&spec(&path, ",serial=ABC,durability=write-through")).unwrap().info(3, 4);
+        let info = Volume::open(&spec(&path, ",serial=ABC,durability=write-through")).unwrap().info(
+            3,
+            4,
+            Right::ReadWrite,
+        );
         assert_eq!((info.vol_epoch, info.vol_handle, info.capacity_sectors), (3, 4, 2048));
         assert_eq!(info.flags, VOLUME_DISCARD | VOLUME_WRITE_ZEROES | VOLUME_WRITE_THROUGH);
         assert_eq!(&info.serial[..4], b"ABC\0");
-        let info = Volume::open(&spec(&path, ",ro")).unwrap().info(1, 1);
+        let info = Volume::open(&spec(&path, ",ro")).unwrap().info(1, 1, Right::ReadWrite);
         assert_eq!((info.flags, &info.serial[..2]), (VOLUME_READ_ONLY, &b"v\0"[..]));
     }
 
@@ -665,7 +671,7 @@ mod tests {
             let volume = Volume::open(&format!("v=ram:{size},serial=A").parse().unwrap()).unwrap();
             assert_eq!((volume.capacity_sectors, volume.is_volatile()), (sectors, true));
             assert!(volume.try_lock().unwrap());
-            assert_eq!(volume.info(1, 1).flags, VOLUME_DISCARD | VOLUME_WRITE_ZEROES);
+            assert_eq!(volume.info(1, 1, Right::ReadWrite).flags, VOLUME_DISCARD | VOLUME_WRITE_ZEROES);
         }
         for size in ["", "0", "0G", "513", "1E", "-1", "+512", "64 M", "M", "16777216T", "0x200", "1.5G"] {
             let error = format!("v=ram:{size}").parse::<VolumeSpec>().unwrap_err();

@@ -4,12 +4,13 @@ mod segment;
 
 use std::os::unix::fs::FileExt;
 
+use cirro_node::access::{AccessList, Client, Grant, Right};
 use cirro_node::store::StoreOp;
 use cirro_protocol::initiator::{Event, LossCause};
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{Cid, MacAddress, Slot, Steer, Uuid};
-use cirro_protocol::wire::body::{Access, CloseReason};
+use cirro_protocol::wire::body::{Access, CloseReason, VOLUME_READ_ONLY};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::header::Header;
 use cirro_protocol::wire::long::{Body, Hello, WhoHas};
@@ -113,6 +114,38 @@ fn who_opened_for_reading_cannot_write_and_owns_nothing() {
     assert_eq!(segment.ask(reader, Op::Discard, 0, vec![1; 4096]).0, Status::ReadOnly);
     assert_eq!(segment.ask(reader, Op::Flush, 0, Vec::new()).0, Status::Ok);
     assert_eq!(written(&segment, 0, 4096), [0; 4096]);
+}
+
+/// P-109: without keys clients are named by their address; `ro` reads, and sees a read-only volume; who is not named gets nothing.
+#[test]
+fn a_client_that_may_only_read_is_refused_to_write() {
+    let granted = |right| {
+        move |address| {
+            let grant = Grant { volume: "v".parse().unwrap(), client: Client::Mac(address), right };
+            AccessList::fixed(true, &[grant])
+        }
+    };
+    let mut segment = Segment::with_access("", granted(Right::ReadOnly));
+    segment.add_guest(1, ReadWrite, false);
+    segment.run_until("it was refused", |s| s.refused(0, Status::ReadOnly));
+    assert_eq!(segment.keeper.record(&"v".parse().unwrap()).vol_epoch, 0);
+    let reader = segment.add_guest(2, ReadOnly, false);
+    segment.attach(reader, ReadOnly);
+    assert_eq!(segment.ask(reader, Op::Read, 0, vec![1; 4096]), (Status::Ok, vec![0; 4096]));
+    assert_eq!(segment.ask(reader, Op::Write, 0, vec![1; 4096]).0, Status::ReadOnly);
+    let info = segment.guests[reader].events.iter().find_map(|event| match event {
+        Event::Attached(info, _) => Some(*info),
+        Event::Done { .. } | Event::Refused(..) | Event::Lost(_) | Event::Changed(_) => None,
+    });
+    assert_eq!(info.unwrap().flags & VOLUME_READ_ONLY, VOLUME_READ_ONLY);
+
+    let mut segment = Segment::with_access("", granted(Right::None));
+    segment.add_guest(1, ReadOnly, false);
+    segment.run_for(Nanos::from_millis(600));
+    assert!(!segment.guests[0].events.iter().any(|event| matches!(event, Event::Attached(..))));
+    let mut snapshot = cirro_node::node::Snapshot::default();
+    segment.worker.snapshot(&mut snapshot);
+    assert!(snapshot.sessions.is_empty());
 }
 
 #[test]
@@ -520,7 +553,7 @@ fn questions_are_answered_for_volumes_that_are_served_and_for_no_others() {
     assert_eq!(announcements.count(), 3);
     for (volume, answered) in [("v", true), ("unserved", false), ("unknown", false)] {
         segment.long.clear();
-        let question = WhoHas { volume: volume.parse().unwrap(), nonce: 8, steer: Steer::new(1, 0) };
+        let question = WhoHas { volume: Some(volume.parse().unwrap()), nonce: 8, steer: Steer::new(1, 0) };
         long_to_node(&mut segment, Body::WhoHas(question));
         segment.run_for(Nanos::from_millis(1));
         let answer =

@@ -6,6 +6,7 @@
 mod crashes;
 mod device;
 mod fixture;
+mod keys;
 mod matrix;
 mod ownership;
 mod path;

@@ -7,7 +7,7 @@ use cirro_protocol::wire::body::{Access, OpenRequest, VolumeInfo};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::header::FLAG_ACK_NOW;
 use cirro_protocol::wire::message::RequestBody;
-use cirro_protocol::wire::{Frame, Header, Kind, Message, crc_count, pad_to_8};
+use cirro_protocol::wire::{Frame, Header, Kind, Message, Mode, pad_to_8};
 
 /// The peer that is fuzzed.
 pub const PEER: MacAddress = MacAddress([2, 0, 0, 0, 0, 2]);
@@ -59,7 +59,7 @@ pub fn frame(input: &mut Input<'_>, cid: Cid, pn: u64) -> Vec<u8> {
     for _ in 0..=shape % 3 {
         let (message, payload) = message(input);
         push(&mut bytes, message, &payload);
-        crcs += if message.carries_data() { crc_count(payload.len()) } else { 0 };
+        crcs += if message.carries_data() { Mode::Crc.trailer_bytes(payload.len()) / 4 } else { 0 };
     }
     bytes.resize(bytes.len() + 4 * crcs + 4, 0);
     assert!(Frame::parse(&bytes).is_ok(), "the generator keeps the layout");

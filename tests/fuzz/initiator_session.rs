@@ -12,7 +12,7 @@ use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{CONTROL_SLOT, Cid, ETHERNET_BYTES, MacAddress, Slot, Steer, Uuid, VolumeName};
 use cirro_protocol::wire::body::Access;
 use cirro_protocol::wire::long::{Body, HelloReply, LongFrame};
-use cirro_protocol::wire::{Frame, Header, Kind, Message, crc_count};
+use cirro_protocol::wire::{Frame, Header, Kind, Message, Mode};
 use hostile::{HERE, Input, PEER};
 use libfuzzer_sys::fuzz_target;
 
@@ -34,6 +34,7 @@ impl Backend {
         let now = Instant(1_000_000_000);
         let config = Config {
             volume: VolumeName::new(b"v").expect("a name"),
+            mode: Mode::Crc,
             attachment: Uuid([2; 16]),
             session_epoch: 1,
             address: HERE,
@@ -85,7 +86,7 @@ impl Backend {
     fn greet(&mut self, frame: &LongFrame) {
         match frame.body {
             Body::WhoHas(ask) => self.answer_long(Body::IHave(cirro_protocol::wire::long::IHave {
-                volume: Some(ask.volume),
+                volume: ask.volume,
                 nonce: ask.nonce,
                 node: Uuid([1; 16]),
                 incarnation: Uuid([3; 16]),
@@ -130,7 +131,7 @@ impl Backend {
                 assert!(payload.offset + payload.len <= len);
                 bytes.splice(payload.at..payload.at, std::iter::repeat_n(0, payload.len as usize));
             }
-            let crcs: usize = payloads.drain(..).map(|p| crc_count(p.len as usize)).sum();
+            let crcs: usize = payloads.drain(..).map(|p| Mode::Crc.trailer_bytes(p.len as usize) / 4).sum();
             bytes.resize(bytes.len() + 4 * crcs + 4, 0);
             if Header::is_long(&bytes[ETHERNET_BYTES..]) == Some(true) {
                 let long = LongFrame::parse(&bytes).expect("what is sent parses");

@@ -18,7 +18,7 @@ fuzz_target!(|bytes: &[u8]| {
     assert!(head.len() > ETHERNET_BYTES);
     let name = match frame.body {
         Body::Hello(body) => Some(body.volume),
-        Body::WhoHas(body) => Some(body.volume),
+        Body::WhoHas(body) => body.volume,
         Body::IHave(body) => body.volume,
         Body::HelloReply(_) | Body::ResetHint(_) | Body::Redirect(_) => None,
     };

@@ -10,8 +10,8 @@ use cirro_protocol::op::{Op, Status};
 use cirro_protocol::target::{Event, Target, TargetConfig};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{Cid, Slot, Steer, Uuid, VolumeName};
-use cirro_protocol::wire::Frame;
 use cirro_protocol::wire::long::Hello;
+use cirro_protocol::wire::{Frame, Mode};
 use hostile::{HERE, Input, PEER};
 use libfuzzer_sys::fuzz_target;
 
@@ -43,6 +43,7 @@ impl Node {
         };
         let now = Instant(1_000_000_000);
         let config = TargetConfig {
+            mode: Mode::Crc,
             hello,
             peer: PEER,
             address: HERE,
@@ -136,7 +137,7 @@ impl Node {
                 assert!(payload.offset + payload.len <= buffer);
                 bytes.splice(payload.at..payload.at, std::iter::repeat_n(0, payload.len as usize));
             }
-            let crcs: usize = payloads.iter().map(|p| cirro_protocol::wire::crc_count(p.len as usize)).sum();
+            let crcs: usize = payloads.iter().map(|p| Mode::Crc.trailer_bytes(p.len as usize) / 4).sum();
             bytes.resize(bytes.len() + 4 * crcs + 4, 0);
             let frame = Frame::parse(&bytes).expect("what is sent parses");
             assert_eq!(frame.header.pn, transmit.pn);

@@ -13,6 +13,7 @@ use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Awaited, Change, DiskId, Mailbox, mailbox};
 use cirro_backend::mapped::Mapped;
+use cirro_backend::protection::Protection;
 use cirro_backend::record::Record;
 use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
@@ -21,10 +22,12 @@ use cirro_backend::worker::Worker;
 use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+use cirro_protocol::wire::Mode;
 use fastrand::Rng;
 use vm_memory::GuestAddress;
 
 use crate::guest::{Belongings, Meddled, RING_BYTES, Ring, RingOptions};
+use crate::keys;
 use crate::machine::{Ended, Machine, drop_killed, ended};
 use crate::oracle::{Oracle, Shared};
 use crate::wire::{Port, SimLink};
@@ -103,6 +106,8 @@ pub(crate) struct Host {
     seed: u64,
     /// The guests ask for nothing more.
     pub(crate) quiet: bool,
+    /// With keys: the seed they come from.
+    keys: Option<u64>,
     /// Interrupted requests are found late: the guest is slow.
     pub(crate) think_max: Nanos,
     reconnect: Nanos,
@@ -118,6 +123,8 @@ pub(crate) struct HostParts {
     pub(crate) volume_sectors: u64,
     pub(crate) think_max: Nanos,
     pub(crate) seed: u64,
+    /// With keys: the seed they come from.
+    pub(crate) keys: Option<u64>,
 }
 
 impl Host {
@@ -162,6 +169,7 @@ impl Host {
             meddled,
             meddle_rng: Rc::new(RefCell::new(Rng::with_seed(parts.seed ^ 77))),
             seed: parts.seed,
+            keys: parts.keys,
             quiet: false,
             think_max: parts.think_max,
             reconnect: Nanos::from_millis(10),
@@ -195,6 +203,7 @@ impl Host {
             let first = disk.starts == 1;
             let config = Config {
                 volume: Machine::volume_name(disk.options.volume),
+                mode: if self.keys.is_some() { Mode::Aead } else { Mode::Crc },
                 attachment: disk.attachment,
                 session_epoch: disk.starts << 32,
                 address,
@@ -213,6 +222,9 @@ impl Host {
                 read_only: false,
                 queues: disk.rings.len() as u16,
                 initiator: Initiator::new(config, now),
+                protection: Protection::new(
+                    self.keys.map(|seed| keys::caller(seed, self.number, disk.starts << 8 | index as u64)),
+                ),
                 attach: Arc::clone(&disk.attach),
                 record: disk.record.clone(),
                 replay: Replay::new(disk.unflushed.clone(), 0, REPLAY_BYTES),

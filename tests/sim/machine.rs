@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cirro_node::access::AccessList;
 use cirro_node::node::{Directory, NodeConfig, NodeWorker, Wake};
 use cirro_node::volume::{Durability, Volume, VolumeSpec};
 use cirro_protocol::time::{Instant, Nanos};
@@ -14,6 +15,7 @@ use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid, VolumeName};
 use fastrand::Rng;
 
 use crate::disk::{Kernel, SimKeeper, SimStore};
+use crate::keys;
 use crate::wire::{Killed, Port, SimLink};
 
 type Worker = NodeWorker<SimLink, SimStore>;
@@ -40,6 +42,8 @@ pub(crate) struct Machine {
     incarnation: u32,
     pools: (usize, usize),
     seed: u64,
+    /// With keys: how many hosts have some.
+    hosts_with_keys: Option<usize>,
 }
 
 /// Opens a file that stands for every volume: the store never looks into it.
@@ -58,7 +62,7 @@ impl Machine {
         kernel: Rc<RefCell<Kernel>>,
         volumes: Vec<Volume>,
         pools: (usize, usize),
-        seed: u64,
+        (seed, hosts_with_keys): (u64, Option<usize>),
     ) -> Machine {
         let keeper = SimKeeper::default();
         Machine {
@@ -71,6 +75,7 @@ impl Machine {
             incarnation: 0,
             pools,
             seed,
+            hosts_with_keys,
         }
     }
 
@@ -89,6 +94,7 @@ impl Machine {
         self.port.borrow_mut().clear();
         self.kernel.borrow_mut().process = process;
         let key = (self.seed ^ u64::from(process).wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes();
+        let names: Vec<_> = (0..self.volumes.len()).map(Machine::volume_name).collect();
         let config = NodeConfig {
             node: Uuid([0x11; 16]),
             incarnation: Uuid(std::array::from_fn(|at| key[at % 8] ^ (at / 8) as u8)),
@@ -97,11 +103,15 @@ impl Machine {
             ethertype: ETHERTYPE_DEFAULT,
             steer: Steer::new(2, 0),
             ack_delay_max: Nanos::from_micros(50),
+            identity: self.hosts_with_keys.map(|_| keys::node(self.seed, process.into())),
+            access: Arc::new(match self.hosts_with_keys {
+                Some(hosts) => keys::access(self.seed, hosts, &names),
+                None => AccessList::fixed(true, &[]),
+            }),
             write_pool_bytes: self.pools.0,
             read_pool_bytes: self.pools.1,
         };
-        let names = (0..self.volumes.len()).map(|index| (Machine::volume_name(index), 0));
-        let directory = Arc::new(Directory::new(2, names));
+        let directory = Arc::new(Directory::new(2, names.iter().map(|name| (*name, 0))));
         let link = SimLink::new(&self.port, None);
         let store = SimStore::new(&self.kernel);
         self.worker = Some(NodeWorker::new(config, directory, link, store, Box::new(self.keeper.clone())));

@@ -5,6 +5,7 @@
 mod disk;
 mod guest;
 mod host;
+mod keys;
 mod logger;
 mod machine;
 mod mutants;

@@ -36,6 +36,8 @@ pub(crate) struct Options {
     /// Frames of before are sent again by a stranger, in millionths of the frames; and garbage is.
     pub(crate) replays: u32,
     pub(crate) forgeries: u32,
+    /// Frames are protected by keys, and the stranger does his worst.
+    pub(crate) keys: bool,
 }
 
 /// What may happen in a run, each as a weight.
@@ -215,6 +217,7 @@ impl Options {
         }
         of_hosts.retain(|disks| !disks.is_empty());
         let strangers = rng.u8(0..4) == 0;
+        let keys = seed.is_multiple_of(4);
         Options {
             seed,
             mtu: *rng.choice(&[1500, 1500, 4200, 9000, 9000, 65535]).expect("some"),
@@ -227,15 +230,16 @@ impl Options {
             trouble_time: Nanos::from_millis(rng.u64(50..4_000)),
             change_every: Nanos::from_millis(*rng.choice(&[5, 30, 200, 800]).expect("some")),
             may: May::from(rng),
-            replays: if strangers { 20_000 } else { 0 },
-            forgeries: if strangers { 20_000 } else { 0 },
+            replays: if strangers || keys { 20_000 } else { 0 },
+            forgeries: if strangers || keys { 20_000 } else { 0 },
+            keys,
         }
     }
 
     /// A quiet run: nothing happens but what a scenario adds.
     #[cfg(test)]
     pub(crate) fn quiet(seed: u64) -> Options {
-        Options { may: May::default(), replays: 0, forgeries: 0, ..Options::of(seed) }
+        Options { may: May::default(), replays: 0, forgeries: 0, keys: false, ..Options::of(seed) }
     }
 
     /// The run whose instructions are counted: one disk, a full ring, nothing happens.
@@ -270,6 +274,7 @@ impl Options {
             may: May::default(),
             replays: 0,
             forgeries: 0,
+            keys: false,
             ..Options::of(1)
         }
     }

@@ -19,6 +19,9 @@ const INBOX_MAX: usize = 1024;
 /// Frames that the one who replays remembers.
 const REPLAY_MAX: usize = 64;
 
+/// Handshakes that an attacker remembers.
+const HANDSHAKES_MAX: usize = 256;
+
 /// Thrown through a turn by the link when its process is killed in the middle of it.
 pub(crate) struct Killed;
 
@@ -220,6 +223,9 @@ pub(crate) struct Wire {
     /// Frames of before are sent again by a stranger, in millionths of the frames; and garbage is sent.
     pub(crate) replays: u32,
     pub(crate) forgeries: u32,
+    /// The stranger remembers handshakes, turns frames back to who sent them, and sends under other addresses.
+    pub(crate) attacks: bool,
+    handshakes: VecDeque<Vec<u8>>,
     pub(crate) counts: WireCounts,
 }
 
@@ -247,6 +253,8 @@ impl Wire {
             old: VecDeque::new(),
             replays: 0,
             forgeries: 0,
+            attacks: false,
+            handshakes: VecDeque::new(),
             counts: WireCounts::default(),
         }
     }
@@ -272,6 +280,12 @@ impl Wire {
                 self.old.pop_front();
             }
             self.old.push_back(bytes.clone());
+            if self.attacks && bytes.get(ETHERNET_BYTES..).and_then(Header::is_long) == Some(true) {
+                if self.handshakes.len() == HANDSHAKES_MAX {
+                    self.handshakes.remove(rng.usize(0..HANDSHAKES_MAX));
+                }
+                self.handshakes.push_back(bytes.clone());
+            }
             self.route(now, rng, from, bytes);
         }
         self.meddle(now, rng);
@@ -290,12 +304,12 @@ impl Wire {
     /// A stranger: sends what it recorded, and things that look like frames.
     fn meddle(&mut self, now: Instant, rng: &mut Rng) {
         if happens(rng, self.replays) && !self.old.is_empty() {
-            let bytes = self.old[rng.usize(0..self.old.len())].clone();
+            let bytes = self.replay(rng);
             self.counts.replayed += 1;
             self.deliver_raw(now + Nanos(rng.u64(0..500_000_000)), bytes);
         }
         if happens(rng, self.forgeries) && !self.old.is_empty() {
-            let mut bytes = self.old[rng.usize(0..self.old.len())].clone();
+            let mut bytes = self.replay(rng);
             self.counts.forged += 1;
             for _ in 0..rng.usize(1..8) {
                 let at = rng.usize(ETHERNET_BYTES..bytes.len());
@@ -306,6 +320,24 @@ impl Wire {
             }
             self.deliver_raw(now, bytes);
         }
+    }
+
+    /// A frame of before, as it was or, of an attacker, with other addresses.
+    fn replay(&self, rng: &mut Rng) -> Vec<u8> {
+        if !self.attacks {
+            return self.old[rng.usize(0..self.old.len())].clone();
+        }
+        let old = if rng.bool() || self.handshakes.is_empty() { &self.old } else { &self.handshakes };
+        let mut bytes = old[rng.usize(0..old.len())].clone();
+        let port = self.ports[rng.usize(0..self.ports.len())].borrow().address;
+        match rng.u8(0..8) {
+            0 => bytes[6..12].copy_from_slice(&port.0),
+            1 => bytes[..6].copy_from_slice(&port.0),
+            2 => bytes[..12].rotate_left(6),
+            3 => bytes[11] = rng.u8(..),
+            _ => {}
+        }
+        bytes
     }
 
     fn deliver_raw(&mut self, due: Instant, bytes: Vec<u8>) {

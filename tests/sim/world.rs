@@ -14,6 +14,7 @@ use siphasher::sip::SipHasher13;
 
 use crate::disk::{DiskTrouble, Image, Kernel, SECTOR};
 use crate::host::{Host, HostParts};
+use crate::keys;
 use crate::logger;
 use crate::machine::{Ended, Machine, open_volume};
 use crate::options::{Event, Options, bad_weather, failing_disk, forgetful_disk, slow_disk};
@@ -120,7 +121,10 @@ impl World {
         let kernel = Rc::new(RefCell::new(Kernel::new(images, rng.fork())));
         let takes = [0, 100_000, 5_000_000][rng.usize(0..3)];
         let volumes = vec![volume(&options); options.volumes];
-        let machine = Machine::new(Rc::clone(&ports[0]), kernel, volumes, options.pools, options.seed);
+        let hosts_with_keys = options.keys.then_some(options.hosts.len());
+        let seed = options.seed;
+        let machine =
+            Machine::new(Rc::clone(&ports[0]), kernel, volumes, options.pools, (seed, hosts_with_keys));
         machine.keeper.set_time(Nanos(takes));
         let oracles: Vec<_> =
             (0..options.volumes).map(|_| Rc::new(RefCell::new(Oracle::default()))).collect();
@@ -134,6 +138,7 @@ impl World {
                 volume_sectors: (options.volume_bytes / SECTOR) as u64,
                 think_max: options.think_max,
                 seed: options.seed ^ ((number as u64 + 1) << 32),
+                keys: options.keys.then_some(options.seed),
             })
         };
         let hosts: Vec<Host> = options.hosts.iter().enumerate().map(host).collect();
@@ -141,7 +146,7 @@ impl World {
             |_| Place { wake: None, free_at: START, start_at: Some(START + Nanos(rng.u64(0..20_000_000))) };
         let places: Vec<Place> = (0..=hosts.len()).map(start).collect();
         let mut wire = Wire::new(ports);
-        (wire.replays, wire.forgeries) = (options.replays, options.forgeries);
+        (wire.replays, wire.forgeries, wire.attacks) = (options.replays, options.forgeries, options.keys);
         let mut world = World {
             now: START,
             wire,
@@ -168,6 +173,7 @@ impl World {
     /// Trouble, healing, judgement.
     pub(crate) fn run(mut self) -> Outcome {
         logger::begin();
+        keys::begin();
         self.run_for(self.options.trouble_time);
         self.finish()
     }
@@ -556,7 +562,11 @@ impl World {
                 }
             }
         }
-        let strangers = self.options.replays + self.options.forgeries > 0;
+        if let Some(nonce) = keys::used_twice() {
+            self.court.borrow_mut().violation(format!("used twice: {nonce:?}"));
+        }
+        // With keys no stranger can make a peer break the protocol.
+        let strangers = self.options.replays + self.options.forgeries > 0 && !self.options.keys;
         if !strangers && self.machine.violations() > 0 {
             self.court
                 .borrow_mut()

@@ -9,6 +9,7 @@ use cirro_backend::disk::{Disk, DiskConfig};
 use cirro_backend::guest_memory::Regions;
 use cirro_backend::mailbox::{Answer, Change, DiskId, Mailbox, mailbox};
 use cirro_backend::mapped::Mapped;
+use cirro_backend::protection::Protection;
 use cirro_backend::record::Record;
 use cirro_backend::replay::Replay;
 use cirro_backend::stats::{DiskStats, WorkerStats};
@@ -19,6 +20,7 @@ use cirro_link::memory::{MemoryLink, pair};
 use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid};
+use cirro_protocol::wire::Mode;
 use vm_memory::GuestAddress;
 
 use super::guest::{Ring, Used};
@@ -49,6 +51,7 @@ impl Process {
         let (stats, disk_stats) = (Arc::<WorkerStats>::default(), Arc::<DiskStats>::default());
         let config = Config {
             volume: "vol".parse().unwrap(),
+            mode: Mode::Crc,
             attachment: Uuid([1; 16]),
             session_epoch: starts << 32,
             address: link.address(),
@@ -67,6 +70,7 @@ impl Process {
             read_only: false,
             queues: 2,
             initiator: Initiator::new(config, now),
+            protection: Protection::new(None),
             attach: Arc::clone(attach),
             record: record.clone(),
             replay: Replay::new(unflushed.clone(), 0, REPLAY_BYTES),

@@ -13,7 +13,7 @@ use cirro_protocol::types::{
 };
 use cirro_protocol::wire::body::{VOLUME_DISCARD, VOLUME_WRITE_ZEROES, VolumeInfo};
 use cirro_protocol::wire::long::{Body, Hello, IHave, LongFrame};
-use cirro_protocol::wire::{Frame, Header};
+use cirro_protocol::wire::{Frame, Header, Mode};
 use cirro_seal::{Nonces, crc32c, open_crc, open_long, seal_crc, seal_long};
 
 const NODE: Uuid = Uuid([0x4e; 16]);
@@ -154,7 +154,7 @@ impl Node {
         match &long.body {
             Body::WhoHas(ask) => {
                 let have = IHave {
-                    volume: Some(ask.volume),
+                    volume: ask.volume,
                     nonce: ask.nonce,
                     node: NODE,
                     incarnation: self.incarnation(),
@@ -174,6 +174,7 @@ impl Node {
             self.buffers.clear();
             self.held.clear();
             let config = TargetConfig {
+                mode: Mode::Crc,
                 hello,
                 peer: source,
                 address: self.link.address(),

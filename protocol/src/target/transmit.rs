@@ -63,7 +63,8 @@ impl Target {
         payloads: &mut Vec<PayloadRef>,
     ) -> Transmit {
         let mut writer = self.session.begin(now, self.credit, head, payloads);
-        let filler = alloc::vec![0; usize::from(plen).min(probe_plen(usize::from(self.config.mtu)))];
+        let longest = probe_plen(usize::from(self.config.mtu), self.config.mode);
+        let filler = alloc::vec![0; usize::from(plen).min(longest)];
         writer.push(Message { code: 1, ..Message::bare(Kind::Probe) }, &filler);
         self.session.finish(now, writer, &mut self.stats)
     }

@@ -5,13 +5,8 @@
 use core::ops::Range;
 
 use super::{Header, Kind, Message, Reject};
-use crate::types::{BLOCK_BYTES, ETHERNET_BYTES, MESSAGES_MAX, PAYLOADS_MAX};
+use crate::types::{ETHERNET_BYTES, MESSAGES_MAX, PAYLOADS_MAX};
 use crate::wire::header::HEADER_BYTES;
-
-/// CRCs that stand in the trailer for a payload of `plen` bytes: one per 4 KiB, counted from its start.
-pub const fn crc_count(plen: usize) -> usize {
-    plen.div_ceil(BLOCK_BYTES)
-}
 
 /// Zero bytes after a payload of `plen`.
 pub const fn pad_to_8(plen: usize) -> usize {
@@ -38,18 +33,19 @@ pub struct Payload {
 }
 
 impl<'a> Frame<'a> {
-    /// Takes a whole frame apart, Ethernet header included.
+    /// Takes a whole frame apart, Ethernet header included; one of mode AES-256-GCM decrypted before.
     ///
     /// # Errors
     /// A [`Reject`] that names what is wrong; nothing of the frame may be used then.
     pub fn parse(bytes: &'a [u8]) -> Result<Frame<'a>, Reject> {
         let header = Header::parse(bytes.get(ETHERNET_BYTES..).ok_or(Reject::Truncated)?)?;
         let tag_bytes = header.mode.tag_bytes();
-        let (mut at, mut crcs, mut messages, mut payloads) = (ETHERNET_BYTES + HEADER_BYTES, 0, 0, 0);
+        let (mut at, mut trailer_bytes, mut messages, mut payloads) =
+            (ETHERNET_BYTES + HEADER_BYTES, 0, 0, 0);
         let mut asks_for_ack = false;
         loop {
             let remaining = bytes.len() - at;
-            let end = 4 * crcs + tag_bytes;
+            let end = trailer_bytes + tag_bytes;
             if remaining == end {
                 break;
             }
@@ -65,7 +61,7 @@ impl<'a> Frame<'a> {
                 return Err(Reject::Padding);
             }
             if message.carries_data() {
-                crcs += crc_count(plen);
+                trailer_bytes += header.mode.trailer_bytes(plen);
                 payloads += 1;
             }
             messages += 1;

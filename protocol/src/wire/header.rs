@@ -5,10 +5,12 @@
 use alloc::vec::Vec;
 
 use super::{Reader, Reject};
-use crate::types::{Cid, Steer};
+use crate::types::{BLOCK_BYTES, Cid, Steer};
 
 /// Bytes of the frame header.
 pub const HEADER_BYTES: usize = 34;
+/// Bytes of it that are never encrypted: `vt` to `pn`, what a receiver needs before it knows the key.
+pub const CLEAR_BYTES: usize = 16;
 /// The protocol version in bits 7..5 of `vt`.
 pub const VERSION: u8 = 1;
 /// Bit 4 of `vt`: a handshake frame, laid out as [`super::long`] says.
@@ -37,6 +39,14 @@ impl Mode {
         match self {
             Mode::Crc => 4,
             Mode::Aead => 16,
+        }
+    }
+
+    /// Bytes of the CRC trailer for a data payload of `plen` bytes: one CRC32C per 4 KiB, or none where the tag covers the payload.
+    pub const fn trailer_bytes(self, plen: usize) -> usize {
+        match self {
+            Mode::Crc => 4 * plen.div_ceil(BLOCK_BYTES),
+            Mode::Aead => 0,
         }
     }
 }
@@ -127,4 +137,5 @@ impl Header {
     }
 }
 
+const _: () = assert!(1 + 1 + 2 + 4 + 8 == CLEAR_BYTES);
 const _: () = assert!(1 + 1 + 2 + 4 + 8 + 4 + 8 + 2 + 4 == HEADER_BYTES);

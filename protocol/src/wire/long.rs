@@ -102,8 +102,8 @@ pub struct Redirect {
 /// Who serves this volume?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WhoHas {
-    /// The volume.
-    pub volume: VolumeName,
+    /// The volume; none where a node is asked for by its key.
+    pub volume: Option<VolumeName>,
     /// Ties the answer to the question.
     pub nonce: u64,
     /// Where the answer goes.
@@ -155,7 +155,8 @@ pub struct LongFrame {
 }
 
 impl Body {
-    const fn code(&self) -> u8 {
+    /// Its type on the wire.
+    pub const fn code(&self) -> u8 {
         match self {
             Body::Hello(_) => 1,
             Body::HelloReply(_) => 2,
@@ -164,6 +165,39 @@ impl Body {
             Body::WhoHas(_) => 6,
             Body::IHave(_) => 7,
         }
+    }
+
+    /// Reads the fields of a body of type `code`; what follows them is zeroes.
+    ///
+    /// # Errors
+    /// [`Reject::Kind`], [`Reject::Field`], [`Reject::Padding`].
+    pub fn parse(code: u8, fields: &[u8]) -> Result<Body, Reject> {
+        let mut r = Reader(fields);
+        let body = match code {
+            1 => Hello::read(&mut r).map(Body::Hello),
+            2 => HelloReply::read(&mut r).map(Body::HelloReply),
+            4 => ResetHint::read(&mut r).map(Body::ResetHint),
+            5 => Redirect::read(&mut r).map(Body::Redirect),
+            6 => WhoHas::read(&mut r).map(Body::WhoHas),
+            7 => IHave::read(&mut r).map(Body::IHave),
+            _ => return Err(Reject::Kind),
+        };
+        let body = body.ok_or(Reject::Field)?;
+        if r.0.iter().any(|byte| *byte != 0) { Err(Reject::Padding) } else { Ok(body) }
+    }
+
+    /// Appends the fields, and zeroes up to `bytes`.
+    pub fn emit(&self, bytes: usize, head: &mut Vec<u8>) {
+        let end = head.len() + bytes;
+        match self {
+            Body::Hello(b) => b.emit(head),
+            Body::HelloReply(b) => b.emit(head),
+            Body::ResetHint(b) => b.emit(head),
+            Body::Redirect(b) => b.emit(head),
+            Body::WhoHas(b) => b.emit(head),
+            Body::IHave(b) => b.emit(head),
+        }
+        head.resize(end, 0);
     }
 }
 
@@ -192,18 +226,8 @@ impl LongFrame {
             return Err(Reject::Mode);
         }
         let steer = Steer(u16::from_be_bytes([header[2], header[3]]));
-        let mut r = Reader(&frame[ETHERNET_BYTES + HEADER_BYTES..LONG_FRAME_BYTES - 4]);
-        let body = match code {
-            1 => Hello::read(&mut r).map(Body::Hello),
-            2 => HelloReply::read(&mut r).map(Body::HelloReply),
-            4 => ResetHint::read(&mut r).map(Body::ResetHint),
-            5 => Redirect::read(&mut r).map(Body::Redirect),
-            6 => WhoHas::read(&mut r).map(Body::WhoHas),
-            7 => IHave::read(&mut r).map(Body::IHave),
-            _ => return Err(Reject::Kind),
-        };
-        let body = body.ok_or(Reject::Field)?;
-        if header[4..].iter().chain(r.0).any(|byte| *byte != 0) {
+        let body = Body::parse(code, &frame[ETHERNET_BYTES + HEADER_BYTES..LONG_FRAME_BYTES - 4])?;
+        if header[4..].iter().any(|byte| *byte != 0) {
             return Err(Reject::Padding);
         }
         Ok(LongFrame { ethernet, steer, body })
@@ -216,15 +240,7 @@ impl LongFrame {
         head.extend_from_slice(&[VERSION << 5 | VT_LONG, self.body.code()]);
         head.extend_from_slice(&self.steer.0.to_be_bytes());
         head.resize(start + HEADER_BYTES, 0);
-        match &self.body {
-            Body::Hello(b) => b.emit(head),
-            Body::HelloReply(b) => b.emit(head),
-            Body::ResetHint(b) => b.emit(head),
-            Body::Redirect(b) => b.emit(head),
-            Body::WhoHas(b) => b.emit(head),
-            Body::IHave(b) => b.emit(head),
-        }
-        head.resize(start + HEADER_BYTES + LONG_BODY_BYTES, 0);
+        self.body.emit(LONG_BODY_BYTES, head);
     }
 }
 
@@ -344,11 +360,11 @@ impl Redirect {
 
 impl WhoHas {
     fn read(r: &mut Reader<'_>) -> Option<WhoHas> {
-        Some(WhoHas { volume: read_name(r)??, nonce: r.u64()?, steer: Steer(r.u16()?) })
+        Some(WhoHas { volume: read_name(r)?, nonce: r.u64()?, steer: Steer(r.u16()?) })
     }
 
     fn emit(&self, head: &mut Vec<u8>) {
-        emit_name(Some(&self.volume), head);
+        emit_name(self.volume.as_ref(), head);
         head.extend_from_slice(&self.nonce.to_le_bytes());
         head.extend_from_slice(&self.steer.0.to_le_bytes());
     }
@@ -375,6 +391,6 @@ impl IHave {
 }
 
 /// Fields of the largest body, HELLO.
-const HELLO_BYTES: usize = 1 + VOLUME_NAME_BYTES_MAX + 16 + 16 + 8 + 8 + 4 + 2 + 2 + 2 + 4;
+pub(super) const HELLO_BYTES: usize = 1 + VOLUME_NAME_BYTES_MAX + 16 + 16 + 8 + 8 + 4 + 2 + 2 + 2 + 4;
 const _: () = assert!(HELLO_BYTES <= LONG_BODY_BYTES);
 const _: () = assert!(LONG_BODY_BYTES.is_multiple_of(8));

@@ -5,13 +5,14 @@
 
 pub mod body;
 pub mod ethernet;
+pub mod guarded;
 pub mod header;
 pub mod long;
 pub mod message;
 
 mod frame;
 
-pub use frame::{Frame, Payload, crc_count, pad_to_8};
+pub use frame::{Frame, Payload, pad_to_8};
 pub use header::{Header, Mode};
 pub use message::{Kind, Message};
 

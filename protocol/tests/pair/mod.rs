@@ -14,7 +14,7 @@ use cirro_protocol::types::*;
 use cirro_protocol::wire::body::{Access, VOLUME_DISCARD, VOLUME_WRITE_ZEROES, VolumeInfo};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::long::{Body, IHave, LongFrame};
-use cirro_protocol::wire::{Frame, Header, crc_count};
+use cirro_protocol::wire::{Frame, Header, Mode};
 use cirro_protocol::{PayloadRef, SealWith};
 
 pub(crate) const BACKEND: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
@@ -139,6 +139,7 @@ impl Pair {
     pub(crate) fn new(seed: u64, wire: Wire) -> Pair {
         let config = Config {
             volume: VolumeName::new(b"vol").unwrap(),
+            mode: Mode::Crc,
             attachment: Uuid([7; 16]),
             session_epoch: 1 << 32,
             address: BACKEND,
@@ -482,7 +483,7 @@ impl Pair {
         let incarnation = Uuid([self.node.incarnation; 16]);
         match &long.body {
             Body::WhoHas(ask) => self.put_long(Body::IHave(IHave {
-                volume: Some(ask.volume),
+                volume: ask.volume,
                 nonce: ask.nonce,
                 node: Uuid([9; 16]),
                 incarnation,
@@ -498,6 +499,7 @@ impl Pair {
                         let cid = Cid::new(self.node.next_cid, self.random.next() as u32);
                         let target = Target::accept(
                             TargetConfig {
+                                mode: Mode::Crc,
                                 hello: *hello,
                                 peer: long.ethernet.source,
                                 address: NODE,
@@ -550,7 +552,7 @@ fn build(
     for p in payloads {
         frame.extend_from_slice(&head[at..p.at]);
         frame.extend_from_slice(&data(p));
-        crcs += crc_count(p.len as usize);
+        crcs += Mode::Crc.trailer_bytes(p.len as usize) / 4;
         at = p.at;
     }
     frame.extend_from_slice(&head[at..]);

@@ -117,7 +117,7 @@ impl<S: Store> Node<S> {
         match asking.op {
             Op::Stat => {
                 let handle = session.opened.map_or(0, |opened| opened.handle);
-                let info = served.volume.info(served.owner.vol_epoch, handle);
+                let info = served.volume.info(served.owner.vol_epoch, handle, session.standing.right);
                 return session.target.complete_info(asking.slot, Status::Ok, info);
             }
             Op::Release => return self.release(now, index, asking.slot),

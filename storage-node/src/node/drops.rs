@@ -3,7 +3,7 @@
 //! Knows no frame. Counted by `receive` and `handshake`.
 
 /// How many reasons there are.
-pub const DROP_REASONS: usize = 11;
+pub const DROP_REASONS: usize = 13;
 /// Their names, by number.
 pub const DROP_NAMES: [&str; DROP_REASONS] = [
     "malformed",
@@ -17,6 +17,8 @@ pub const DROP_NAMES: [&str; DROP_REASONS] = [
     "long-malformed",
     "long-limit",
     "long-ignored",
+    "key-phase",
+    "long-other-mode",
 ];
 
 /// A reason; its number indexes [`DROP_NAMES`].
@@ -44,6 +46,10 @@ pub enum DropReason {
     LongLimit = 9,
     /// A LONG frame that asks nothing of us.
     LongIgnored = 10,
+    /// A key phase that is not near the session's.
+    KeyPhase = 11,
+    /// A LONG frame without keys where they are asked for, or with keys where there are none.
+    LongOtherMode = 12,
 }
 
-const _: () = assert!(DropReason::LongIgnored as usize + 1 == DROP_REASONS);
+const _: () = assert!(DropReason::LongOtherMode as usize + 1 == DROP_REASONS);

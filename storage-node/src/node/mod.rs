@@ -27,11 +27,13 @@ use std::sync::Arc;
 use cirro_ctl::counter::WorkerMeter;
 use cirro_link::{FrameId, Link};
 use cirro_protocol::time::{Instant, Nanos, earliest};
-use cirro_protocol::types::{MacAddress, Steer, Uuid};
+use cirro_protocol::types::{FRAME_BYTES_MAX, MacAddress, Steer, Uuid, VolumeName};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::{PayloadRef, Placement};
+use cirro_seal::Identity;
 use siphasher::sip::SipHasher13;
 
+use crate::access::{AccessList, Client};
 use crate::buffers::Pool;
 use crate::owner::{Keeper, OwnerRecord};
 use crate::state_dir::SECRET_BYTES;
@@ -57,7 +59,7 @@ pub const WRITE_POOL_BYTES_DEFAULT: usize = 256 << 20;
 pub const READ_POOL_BYTES_DEFAULT: usize = 128 << 20;
 
 /// What a worker is made of.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct NodeConfig {
     /// The node's name for all time.
     pub node: Uuid,
@@ -73,6 +75,10 @@ pub struct NodeConfig {
     pub steer: Steer,
     /// How long an ack is held back.
     pub ack_delay_max: Nanos,
+    /// Who the node is, where frames are protected by keys.
+    pub identity: Option<Arc<Identity>>,
+    /// Who may do what.
+    pub access: Arc<AccessList>,
     /// Bytes of the pool for the data of writes.
     pub write_pool_bytes: usize,
     /// Bytes of the pool for the data of reads.
@@ -114,6 +120,9 @@ struct Node<S> {
     fresh: receive::Fresh,
     placements: Vec<Placement>,
     payloads: Vec<PayloadRef>,
+    /// A received frame as it was before it was encrypted, and the core's part of one that is to be.
+    plain: Vec<u8>,
+    head: Vec<u8>,
     startable: Vec<u32>,
     /// Sessions whose events wait for a place in the table of jobs.
     starved: Vec<u16>,
@@ -152,7 +161,7 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
             write_pool: Pool::new(config.write_pool_bytes),
             read_pool: Pool::new(config.read_pool_bytes),
             promised_bytes: 0,
-            handshake: Handshake::new(config.secret),
+            handshake: Handshake::new(config.secret, config.identity.clone()),
             random: Random::new(config.random_seed),
             meter: Arc::new(Meter::new(DROP_NAMES)),
             stop_at: None,
@@ -161,6 +170,8 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
             fresh: receive::Fresh::new(),
             placements: Vec::with_capacity(64),
             payloads: Vec::with_capacity(64),
+            plain: Vec::new(),
+            head: Vec::with_capacity(FRAME_BYTES_MAX),
             startable: Vec::with_capacity(jobs::JOBS_MAX),
             starved: Vec::with_capacity(SESSIONS_MAX),
             refused: Vec::with_capacity(64),
@@ -193,6 +204,11 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
         node.finish(now);
         transmit::transmit(link, node, now);
         node.next_wake(link.poll_timeout())
+    }
+
+    /// A client's right on a volume has changed: its sessions end at once, and it may ask for others.
+    pub fn end_sessions_of(&mut self, volume: &VolumeName, client: &Client) {
+        self.node.end_sessions_of(volume, client);
     }
 
     /// Begins the end: no request is started any more; those in the store get two seconds, then every session is closed.
@@ -241,6 +257,22 @@ impl<S: Store> Node<S> {
         if deadline.is_some_and(|deadline| now >= deadline || self.jobs.is_empty()) {
             self.closed = true;
             self.close_all();
+        }
+    }
+
+    fn end_sessions_of(&mut self, volume: &VolumeName, client: &Client) {
+        for index in self.sessions.indexes() {
+            let Some(session) = self.sessions.get(index) else { continue };
+            let served = &self.volumes[usize::from(session.volume)].volume;
+            if served.name != *volume || session.standing.client != *client {
+                continue;
+            }
+            if session.target.is_confirmed() {
+                session.close(CloseReason::Revoked);
+                self.sessions.activate(index);
+            } else {
+                self.forget(index);
+            }
         }
     }
 

@@ -11,6 +11,7 @@ use log::{info, warn};
 use super::Node;
 use super::served::{Asked, Opening, Stage};
 use super::session::Opened;
+use crate::access::Right;
 use crate::owner::{Claim, Keeping, OwnerRecord};
 use crate::store::Store;
 
@@ -96,14 +97,16 @@ impl<S: Store> Node<S> {
         let Some(session) = self.sessions.get_same(opening.session, opening.serial) else {
             return Step::Answer(Status::Stale);
         };
-        let attachment = session.attachment();
+        let (attachment, right) = (session.attachment(), session.standing.right);
         let told_busy = &mut session.told_busy;
         let served = &mut self.volumes[usize::from(volume)];
         let name = served.volume.name;
         let record = match opening.asked {
             Asked::Release => served.owner.release(attachment),
             Asked::Open(OpenRequest { access: Access::ReadOnly, .. }) => None,
-            Asked::Open(OpenRequest { access: Access::ReadWrite, .. }) if served.volume.read_only => {
+            Asked::Open(OpenRequest { access: Access::ReadWrite, .. })
+                if served.volume.read_only || right != Right::ReadWrite =>
+            {
                 return Step::Answer(Status::ReadOnly);
             }
             Asked::Open(OpenRequest { access: Access::ReadWrite, take_over }) => {
@@ -165,7 +168,7 @@ impl<S: Store> Node<S> {
                     served.next_handle = served.next_handle.wrapping_add(1).max(1);
                 }
                 let handle = session.opened.map_or(0, |opened| opened.handle);
-                let info = served.volume.info(served.owner.vol_epoch, handle);
+                let info = served.volume.info(served.owner.vol_epoch, handle, session.standing.right);
                 session.target.complete_info(opening.slot, status, info);
             }
         }

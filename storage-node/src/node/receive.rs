@@ -5,11 +5,11 @@
 use cirro_link::Link;
 use cirro_protocol::Placement;
 use cirro_protocol::time::Instant;
-use cirro_protocol::types::{ETHERNET_BYTES, MacAddress, PAYLOADS_MAX, Slot};
+use cirro_protocol::types::{ETHERNET_BYTES, PAYLOADS_MAX, Slot};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::wire::ethernet::Ethernet;
-use cirro_protocol::wire::{Frame, Header, Mode};
-use cirro_seal::{Mismatch, Nonces, open_crc};
+use cirro_protocol::wire::{Frame, Header};
+use cirro_seal::Mismatch;
 
 use super::drops::DropReason;
 use super::session::{Session, SlotBuffer};
@@ -55,38 +55,38 @@ pub(super) fn receive<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: 
 
 impl<S: Store> Node<S> {
     fn take_short(&mut self, now: Instant, arrival: Instant, bytes: &[u8]) -> Result<(), DropReason> {
-        let frame = Frame::parse(bytes).map_err(|_| DropReason::Malformed)?;
         let ethernet = Ethernet::parse(bytes).map_err(|_| DropReason::Malformed)?;
-        if ethernet.destination != self.address || frame.header.steer != self.config.steer {
+        let header = Header::parse(&bytes[ETHERNET_BYTES..]).map_err(|_| DropReason::Malformed)?;
+        if ethernet.destination != self.address || header.steer != self.config.steer {
             return Err(DropReason::NotForUs);
         }
-        let Some((index, session)) = self.sessions.with_cid(frame.header.cid) else {
-            self.handshake.hint_reset(now, &self.config, &ethernet, frame.header.cid);
+        let Some((index, session)) = self.sessions.with_cid(header.cid) else {
+            self.handshake.hint_reset(now, &self.config, &ethernet, header.cid);
             return Err(DropReason::UnknownSession);
         };
-        check_seal(session, ethernet.source, &frame)?;
+        // Another address needs another handshake (P-23), whatever the mode.
+        if ethernet.source != session.target.peer() {
+            return Err(DropReason::OtherSource);
+        }
+        let nonces = session.target.nonces_in().into();
+        let frame = session.standing.guard.open(nonces, &header, bytes, &mut self.plain).map_err(reason)?;
         reserve(session, &frame, &mut self.fresh, &mut self.write_pool, &mut self.read_pool)?;
         self.placements.clear();
         session.target.handle_frame(now, arrival, &frame, &mut self.placements);
-        place(session, bytes, &self.placements);
+        place(session, frame.bytes(), &self.placements);
         self.sessions.activate(index);
         Ok(())
     }
 }
 
-/// A frame of mode 0 comes from the session's peer, and tag and payload checksums are right (docs/PROTOCOL.md, section 3).
-fn check_seal(session: &Session, source: MacAddress, frame: &Frame<'_>) -> Result<(), DropReason> {
-    if source != session.target.peer() {
-        return Err(DropReason::OtherSource);
-    }
-    if frame.header.mode != Mode::Crc {
-        return Err(DropReason::OtherMode);
-    }
-    let (sender, receiver) = session.target.nonces_in();
-    open_crc(Nonces { sender, receiver }, frame).map_err(|mismatch| match mismatch {
+fn reason(mismatch: Mismatch) -> DropReason {
+    match mismatch {
+        Mismatch::Layout => DropReason::Malformed,
+        Mismatch::Mode => DropReason::OtherMode,
         Mismatch::Payload { .. } => DropReason::PayloadCrc,
-        Mismatch::Tag | Mismatch::Mode => DropReason::Tag,
-    })
+        Mismatch::Phase => DropReason::KeyPhase,
+        Mismatch::Tag => DropReason::Tag,
+    }
 }
 
 /// Gets a buffer for each write that begins in the frame, or for none of them.

@@ -3,12 +3,14 @@
 //! Knows a session's buffers and what it has open; what its frames mean is known to the protocol's target. The cost of a turn grows with
 //! the sessions that do something, not with those that exist. Used by every leaf of `node`.
 
-use cirro_protocol::target::{Target, TargetConfig};
+use cirro_protocol::target::Target;
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::{Cid, SLOTS_MAX, Slot, Uuid};
 use cirro_protocol::wire::body::{Access, CloseReason};
+use cirro_seal::Guard;
 
 use super::deadlines::Deadlines;
+use crate::access::{Client, Right};
 use crate::buffers::Buffer;
 
 /// Sessions of a worker. At most what a cid addresses; the write pool usually limits it before.
@@ -37,9 +39,22 @@ pub(super) struct Opened {
     pub access: Access,
 }
 
+/// A HELLO that was answered, by its ephemeral key, and the answer, to be sent again for the same.
+pub(super) type Answered = ([u8; 32], Vec<u8>);
+
+/// Whose session it is, and what protects it.
+pub(super) struct Standing {
+    pub client: Client,
+    pub right: Right,
+    pub guard: Guard,
+    /// With keys: the HELLO it answers.
+    pub answered: Option<Answered>,
+}
+
 /// One session.
 pub(super) struct Session {
     pub target: Target,
+    pub standing: Standing,
     /// Told apart from all others of the worker's life, also when the table entry is used again.
     pub serial: u64,
     /// Index of its volume.
@@ -110,26 +125,33 @@ impl Sessions {
     }
 
     /// A new session in the entry that [`Sessions::next_index`] named.
-    pub(super) fn add(&mut self, now: Instant, config: TargetConfig, volume: u16) -> &mut Session {
+    pub(super) fn add(
+        &mut self,
+        now: Instant,
+        target: Target,
+        volume: u16,
+        promised_bytes: usize,
+        standing: Standing,
+    ) {
         let index = self.free.pop().expect("next_index gave an entry");
         self.count += 1;
         self.serial += 1;
         let session = Session {
-            target: Target::accept(config, now),
+            target,
+            standing,
             serial: self.serial,
             volume,
             opened: None,
             told_busy: false,
             buffers: (0..=SLOTS_MAX).map(|_| SlotBuffer::None).collect(),
             read_bytes: 0,
-            promised_bytes: config.credit_sectors as usize * 512,
+            promised_bytes,
             closing: false,
             since: now,
             active: false,
         };
         self.table[usize::from(index)] = Some(Box::new(session));
         self.activate(index);
-        self.table[usize::from(index)].as_mut().expect("just put there")
     }
 
     pub(super) fn remove(&mut self, index: u16) -> Option<Box<Session>> {

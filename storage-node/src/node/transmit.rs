@@ -6,7 +6,7 @@ use cirro_link::{FrameId, Link, TxFrame};
 use cirro_protocol::time::Instant;
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::{PayloadRef, SealWith};
-use cirro_seal::{Nonces, append_payload_crcs, seal_crc};
+use cirro_seal::{Guard, Nonces, append_payload_crcs, seal_crc, splice};
 
 use super::session::{Session, SlotBuffer};
 use super::{Node, handshake};
@@ -40,7 +40,9 @@ fn serve<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: Instant, plac
     let mut sent = 0;
     while sent < SESSION_BYTES_MAX {
         let Some(frame) = link.frame() else { return true };
-        let Some(pn) = write_frame(session, now, frame, &mut node.payloads) else { return false };
+        let Some(pn) = write_frame(session, now, frame, (&mut node.payloads, &mut node.head)) else {
+            return false;
+        };
         let bytes = frame.len();
         node.meter.frames_out.add(1);
         node.meter.bytes_out.add(bytes as u64);
@@ -50,21 +52,38 @@ fn serve<L: Link, S: Store>(link: &mut L, node: &mut Node<S>, now: Instant, plac
     true
 }
 
-/// Writes the session's next frame: the target's bytes, the data, its checksums, the seal. Its packet number, or `None` when it has none.
+/// Writes the session's next frame: the target's bytes, the data, the seal. Its packet number, or `None` when it has none.
 fn write_frame(
     session: &mut Session,
     now: Instant,
     frame: &mut TxFrame,
-    payloads: &mut Vec<PayloadRef>,
+    (payloads, head): (&mut Vec<PayloadRef>, &mut Vec<u8>),
 ) -> Option<u64> {
     loop {
         payloads.clear();
         let transmit = session.target.poll_transmit(now, &mut frame.head, payloads)?;
-        if payloads.iter().all(|payload| insert_payload(session, frame, payload)) {
-            let SealWith::Session(sender, receiver) = transmit.seal else {
-                unreachable!("a target writes no LONG frames");
-            };
-            seal_crc(Nonces { sender, receiver }, &mut frame.head);
+        let SealWith::Session(sender, receiver) = transmit.seal else {
+            unreachable!("a target writes no LONG frames");
+        };
+        let complete = match &mut session.standing.guard {
+            Guard::Crc => payloads.iter().all(|payload| insert_payload(&session.buffers, frame, payload)),
+            Guard::Aead(_) => {
+                head.clear();
+                std::mem::swap(head, &mut frame.head);
+                splice(head, payloads, &mut frame.head, |payload, out| {
+                    let bytes = data(&session.buffers, payload);
+                    bytes.is_some_and(|bytes| {
+                        out.extend_from_slice(bytes);
+                        true
+                    })
+                })
+            }
+        };
+        if complete {
+            match &mut session.standing.guard {
+                Guard::Crc => seal_crc(Nonces { sender, receiver }, &mut frame.head),
+                Guard::Aead(keys) => keys.seal(transmit.pn, &mut frame.head),
+            }
             return Some(transmit.pn);
         }
         // A peer that uses a slot again before its read is done has taken its buffer away: what it breaks is its own session.
@@ -74,11 +93,20 @@ fn write_frame(
     }
 }
 
-/// Inserts the data of one piece and adds its checksums to the trailer; false when it is not there.
-fn insert_payload(session: &Session, frame: &mut TxFrame, payload: &PayloadRef) -> bool {
+/// The data of one piece of a read, unless it is not there.
+fn data<'a>(buffers: &'a [SlotBuffer], payload: &PayloadRef) -> Option<&'a [u8]> {
+    let start = payload.offset as usize;
+    match &buffers[payload.slot.index()] {
+        SlotBuffer::Read(buffer) => buffer.bytes().get(start..start + payload.len as usize),
+        SlotBuffer::Write(_) | SlotBuffer::None => None,
+    }
+}
+
+/// Names the data of one piece to the link and adds its checksums to the trailer; false when it is not there.
+fn insert_payload(buffers: &[SlotBuffer], frame: &mut TxFrame, payload: &PayloadRef) -> bool {
     let start = payload.offset as usize;
     let range = start..start + payload.len as usize;
-    let SlotBuffer::Read(buffer) = &session.buffers[payload.slot.index()] else { return false };
+    let SlotBuffer::Read(buffer) = &buffers[payload.slot.index()] else { return false };
     let Some(bytes) = buffer.bytes().get(range.clone()) else { return false };
     append_payload_crcs(&mut frame.head, bytes);
     frame.push_cut(payload.at, buffer.run(range));

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use cirro_link::memory::{MemoryLink, pair};
 use cirro_link::{FrameId, Link};
+use cirro_node::access::AccessList;
 use cirro_node::node::{Directory, NodeConfig, NodeWorker, Wake};
 use cirro_node::owner::MemoryKeeper;
 use cirro_node::store::pread::PreadStore;
@@ -26,7 +27,7 @@ use cirro_protocol::types::{ETHERTYPE_DEFAULT, MacAddress, Slot, Steer, Uuid};
 use cirro_protocol::wire::body::Access;
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::long::LongFrame;
-use cirro_protocol::wire::{Frame, Header};
+use cirro_protocol::wire::{Frame, Header, Mode};
 use cirro_seal::{Nonces, append_payload_crcs, open_crc, open_long, seal_crc, seal_long};
 
 /// Size of the test's volume.
@@ -117,11 +118,14 @@ fn worker(
     keeper: &MemoryKeeper,
     incarnation: u8,
     names: &[(&str, u16)],
+    access: AccessList,
 ) -> Worker {
     let config = NodeConfig {
         node: Uuid([0x11; 16]),
         incarnation: Uuid([incarnation; 16]),
         secret: [5; 16],
+        identity: None,
+        access: Arc::new(access),
         random_seed: [incarnation; 16],
         ethertype: ETHERTYPE_DEFAULT,
         steer: Steer::new(2, 0),
@@ -137,12 +141,19 @@ fn worker(
 impl Segment {
     /// A node that serves volume `v` with these options (`,ro` for example), and no guest.
     pub(crate) fn new(option: &str) -> Segment {
+        Segment::with_access(option, |_| AccessList::fixed(true, &[]))
+    }
+
+    /// The same, with grants for whoever has the address of the guests.
+    pub(crate) fn with_access(option: &str, access: impl FnOnce(MacAddress) -> AccessList) -> Segment {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = folder.path().join("v.img");
         File::create(&path).unwrap().set_len(BYTES).unwrap();
         let (node_end, link) = pair(9000);
         let (faults, keeper) = (Rc::default(), MemoryKeeper::default());
-        let worker = worker(node_end, &faults, &keeper, 1, &[("v", 0), ("elsewhere", 3), ("unserved", 0)]);
+        let access = access(link.address());
+        let worker =
+            worker(node_end, &faults, &keeper, 1, &[("v", 0), ("elsewhere", 3), ("unserved", 0)], access);
         let mut segment = Segment {
             now: Instant(1_000_000),
             worker,
@@ -175,7 +186,14 @@ impl Segment {
         self.incarnation += 1;
         let (node_end, link) = pair(9000);
         self.link = link;
-        self.worker = worker(node_end, &self.faults, &self.keeper, self.incarnation, &[("v", 0)]);
+        self.worker = worker(
+            node_end,
+            &self.faults,
+            &self.keeper,
+            self.incarnation,
+            &[("v", 0)],
+            AccessList::fixed(true, &[]),
+        );
         self.serve();
         self.wake = Wake::Now;
     }
@@ -185,6 +203,7 @@ impl Segment {
         let number = self.guests.len();
         let config = Config {
             volume: "v".parse().unwrap(),
+            mode: Mode::Crc,
             attachment: Uuid([id; 16]),
             session_epoch: (number as u64 + 1) << 32,
             address: self.link.address(),

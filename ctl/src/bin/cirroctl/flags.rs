@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use cirro_ctl::request::{TAP_FILE_BYTES_DEFAULT, TAP_FRAME_BYTES_DEFAULT};
+use cirro_ctl::request::{GrantRight, TAP_FILE_BYTES_DEFAULT, TAP_FRAME_BYTES_DEFAULT};
 use clap::{Args, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
@@ -14,6 +14,10 @@ Examples:
   cirroctl --ctl-socket /run/a.sock link tap push /tmp/a.pcap
                                        watch the wire of one daemon; open the file in Wireshark
   cirroctl --ctl-socket /run/a.sock link tap pop
+  cirroctl key show /var/lib/cirrostratus/backend/key
+                                       by which key this machine's backend is known
+  cirroctl volume grant vm1 KEY rw     let the owner of that key have the volume (on the storage machine)
+  cirroctl volume revoke vm1 KEY       take it away, at once
 
 Without --ctl-socket the daemons at /run/cirrostratus/node.sock and /run/cirrostratus/backend.sock are asked, whichever run.
 The sockets belong to the daemons' user: run cirroctl as that user, most often root.
@@ -45,6 +49,73 @@ pub(crate) enum Command {
     /// Steer a daemon's link
     #[command(subcommand)]
     Link(LinkCommand),
+    /// Say who may use a volume; for the node that serves it
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Make and show keys; asks no daemon
+    #[command(subcommand)]
+    Key(KeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Give a client a right, instead of the one it has; its sessions on the volume end and begin anew
+    Grant {
+        /// The volume
+        #[arg(value_name = "VOLUME")]
+        volume: String,
+        /// The client: its public key, or its MAC address where security is none
+        #[arg(value_name = "CLIENT")]
+        client: String,
+        /// Read, or read and write
+        #[arg(value_name = "ro|rw", value_parser = right)]
+        right: GrantRight,
+    },
+    /// Take every right from a client; its sessions on the volume end at once
+    Revoke {
+        /// The volume
+        #[arg(value_name = "VOLUME")]
+        volume: String,
+        /// The client, as in `grant`
+        #[arg(value_name = "CLIENT")]
+        client: String,
+    },
+    /// Show who may use a volume
+    Grants {
+        /// The volume
+        #[arg(value_name = "VOLUME")]
+        volume: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a private key in a new file that only its owner can read, and print its public key
+    New {
+        /// The file to make
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Print the public key of a private key
+    Show {
+        /// The file of the private key
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Make a secret for one client and one node to share, beside their keys, in a new file
+    Psk {
+        /// The file to make; copy it to the other machine by a way you trust
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+}
+
+fn right(text: &str) -> Result<GrantRight, String> {
+    match text {
+        "ro" => Ok(GrantRight::Ro),
+        "rw" => Ok(GrantRight::Rw),
+        _ => Err("give ro or rw; to take every right away use `volume revoke`".to_owned()),
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -14,12 +14,14 @@ use anyhow::Context;
 use cirro_ctl::client::{AskError, ask};
 use cirro_ctl::daemon::{self, Usage, escape_controls};
 use cirro_ctl::report::Report;
-use cirro_ctl::request::{Request, TapPopped, TapPush, TapPushed};
-use cirro_ctl::show;
+use cirro_ctl::request::{
+    GrantRight, Grants, Request, TapPopped, TapPush, TapPushed, VolumeGrant, VolumeRevoke,
+};
+use cirro_ctl::{keyfile, show};
 use clap::Parser;
 use serde_json::{Value, json};
 
-use flags::{Cli, Command, LinkCommand, TapCommand};
+use flags::{Cli, Command, KeyCommand, LinkCommand, TapCommand, VolumeCommand};
 
 /// Where the daemons put their sockets unless told otherwise.
 const SOCKETS_DEFAULT: [&str; 2] = ["/run/cirrostratus/node.sock", "/run/cirrostratus/backend.sock"];
@@ -34,8 +36,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
-    let request = request(&cli.command)?;
-    let asks_one = matches!(request, Request::LinkTapPush(_) | Request::LinkTapPop {});
+    let Some(request) = request(&cli.command)? else { return Ok(()) };
+    let asks_one = !matches!(request, Request::Status {} | Request::Stats {});
     let sockets = match &cli.ctl_socket {
         Some(path) => vec![path.clone()],
         None => sockets_here(&SOCKETS_DEFAULT.map(PathBuf::from), asks_one)?,
@@ -55,9 +57,34 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     failed.map_or(Ok(()), Err)
 }
 
-/// The request for a command; a tap's path is made absolute, because the daemon has another working directory.
-fn request(command: &Command) -> anyhow::Result<Request> {
-    Ok(match command {
+/// Does what a key command says.
+fn key(command: &KeyCommand) -> anyhow::Result<()> {
+    match command {
+        KeyCommand::New { file } => write_out(&format!("{}\n", keyfile::public_of(&keyfile::make(file)?))),
+        KeyCommand::Show { file } => write_out(&format!("{}\n", keyfile::public_of(&keyfile::read(file)?))),
+        KeyCommand::Psk { file } => Ok(keyfile::make(file).map(drop)?),
+    }
+}
+
+/// The request for a command, unless it is done without a daemon. A tap's path is made absolute, because the daemon has another working
+/// directory.
+fn request(command: &Command) -> anyhow::Result<Option<Request>> {
+    Ok(Some(match command {
+        Command::Key(command) => {
+            key(command)?;
+            return Ok(None);
+        }
+        Command::Volume(VolumeCommand::Grant { volume, client, right }) => {
+            Request::VolumeGrant(VolumeGrant {
+                volume: volume.clone(),
+                client: client.clone(),
+                right: *right,
+            })
+        }
+        Command::Volume(VolumeCommand::Revoke { volume, client }) => {
+            Request::VolumeRevoke(VolumeRevoke { volume: volume.clone(), client: client.clone() })
+        }
+        Command::Volume(VolumeCommand::Grants { volume }) => Request::VolumeGrants { volume: volume.clone() },
         Command::Status => Request::Status {},
         Command::Stats => Request::Stats {},
         Command::Link(LinkCommand::Tap(TapCommand::Pop)) => Request::LinkTapPop {},
@@ -75,7 +102,7 @@ fn request(command: &Command) -> anyhow::Result<Request> {
                 file_bytes_max: push.file_bytes_max,
             })
         }
-    })
+    }))
 }
 
 /// The default sockets that exist; exactly one when the command steers.
@@ -136,8 +163,32 @@ fn text(
             });
             if popped.files.is_empty() { "no tap was pushed\n".to_owned() } else { lines.collect() }
         }
+        Request::VolumeGrant(_) | Request::VolumeRevoke(_) | Request::VolumeGrants { .. } => {
+            let grants: Grants = serde_json::from_value(value.clone()).with_context(strange)?;
+            show_grants(&grants)
+        }
     };
     Ok(if index > 0 { format!("\n{text}") } else { text })
+}
+
+fn show_grants(grants: &Grants) -> String {
+    let volume = escape_controls(&grants.volume);
+    if grants.open_to_all {
+        return format!(
+            "volume {volume} is open to everybody on the segment: security is none, and nobody was named\n"
+        );
+    }
+    if grants.grants.is_empty() {
+        return format!("nobody may use volume {volume}\n");
+    }
+    let lines = grants.grants.iter().map(|grant| {
+        let right = match grant.right {
+            GrantRight::Ro => "ro",
+            GrantRight::Rw => "rw",
+        };
+        format!("{right} {}\n", escape_controls(&grant.client))
+    });
+    lines.collect()
 }
 
 fn printable(path: &Path) -> String {
