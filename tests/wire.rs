@@ -85,7 +85,11 @@ pub fn replay(machine: &Machine, frames: &[Vec<u8>]) {
     }
 }
 
-/// Sends for as long as nobody stops it: 16 frames a millisecond, of which `each` writes one at a time.
+/// Frames that an attacker sends in one go, and how often: 16 000 a second.
+const ATTACK_BURST: u64 = 64;
+const ATTACK_EVERY: Duration = Duration::from_millis(4);
+
+/// Sends for as long as nobody stops it, 16 frames a millisecond; `each` writes one at a time.
 #[derive(Debug)]
 pub struct Attack {
     stop: Arc<AtomicBool>,
@@ -106,8 +110,8 @@ impl Attack {
             while !stopped.load(Ordering::Relaxed) {
                 // What the kernel does not take is lost: an attacker does not mind.
                 sent += u64::from(socket.send(&each(sent)).is_ok());
-                let due = start + Duration::from_micros(1000 / BURST as u64 * sent);
-                if sent.is_multiple_of(BURST as u64) {
+                if sent.is_multiple_of(ATTACK_BURST) {
+                    let due = start + ATTACK_EVERY * (sent / ATTACK_BURST) as u32;
                     std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 }
             }

@@ -120,25 +120,43 @@ fn an_attacker_on_the_segment_changes_nothing() {
     println!("{rate:.0} frames a second, {:.0} of them HELLOs", rate * 10.0 / 16.0);
     assert!(rate * 10.0 / 16.0 >= 9_500.0, "the flood is a flood");
 
-    let (memory_before, mut with, mut without) = (node.memory_kib(), Vec::new(), Vec::new());
-    let mut load = Load::random(Op::Read, 4096, DISK_BYTES);
-    for _ in 0..ROUNDS {
-        without.push(must(front_end.run(&mut load, ROUND)).iops());
-        let running = begin();
+    // The attacker's machine is not ours, but here all share two processors: what it takes of them is in the control, where the same frames go
+    // back to where they come from, and the bridge drops them.
+    let elsewhere = || {
+        let mut each = attack(recorded.clone(), hellos.clone(), node_mac);
+        Attack::start(attacker, move |number| {
+            let mut frame = each(number);
+            frame[..6].copy_from_slice(&own.0);
+            frame
+        })
+    };
+    let (memory_before, mut load) = (node.memory_kib(), Load::random(Op::Read, 4096, DISK_BYTES));
+    let mut measure = |running: Option<Attack>| {
         std::thread::sleep(Duration::from_millis(50));
-        with.push(must(front_end.run(&mut load, ROUND)).iops());
-        running.stop();
+        let iops = must(front_end.run(&mut load, ROUND)).iops();
+        running.map(Attack::stop);
+        iops
+    };
+    let (mut with, mut control, mut alone) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        alone.push(measure(None));
+        control.push(measure(Some(elsewhere())));
+        with.push(measure(Some(begin())));
     }
-    let (with, without) = (median(&with), median(&without));
+    let (with, control, alone) = (median(&with), median(&control), median(&alone));
     let memory = node.memory_kib();
-    println!("{with:.0} of {without:.0} requests a second, {:.2}", with / without);
+    println!(
+        "{with:.0} requests a second: {:.2} of {control:.0} while the same goes elsewhere, {:.2} of {alone:.0} alone",
+        with / control,
+        with / alone
+    );
     println!("the node has {memory} KiB, {memory_before} before");
     let report = node.node_report();
     println!("dropped {:?}", report.workers[0].counters.as_ref().map(|counters| &counters.dropped));
     assert_eq!(report.sessions.len(), 1, "nobody else was let in: {:?}", report.sessions);
     assert_eq!(disk(&backend).counters.expect("stats were asked for").reconnects, 0);
     assert!(memory < memory_before + (8 << 10), "the node's memory is bounded");
-    assert!(with >= 0.8 * without, "the session keeps its throughput");
+    assert!(with >= 0.8 * control, "the session keeps its throughput");
     must(verifier.check_all(&mut front_end));
     drop(front_end);
     backend.stop();
