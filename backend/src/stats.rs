@@ -96,10 +96,12 @@ pub enum Drop {
     Handshake,
     /// More handshake frames than a turn looks at.
     HandshakeFlood,
+    /// With keys: a frame of this number came before.
+    Repeated,
 }
 
-const DROP_NAMES: [&str; 7] =
-    ["malformed", "other worker", "no session", "tag", "payload", "handshake", "handshake flood"];
+const DROP_NAMES: [&str; 8] =
+    ["malformed", "other worker", "no session", "tag", "payload", "handshake", "handshake flood", "repeated"];
 
 /// What is counted per worker.
 #[derive(Debug)]
@@ -169,7 +171,7 @@ pub struct SessionReport {
     pub stuck: bool,
 }
 
-const _: () = assert!(Drop::HandshakeFlood as usize == DROP_NAMES.len() - 1);
+const _: () = assert!(Drop::Repeated as usize == DROP_NAMES.len() - 1);
 
 #[cfg(test)]
 mod tests {

@@ -9,10 +9,10 @@ use cirro_link::tap::{Exchange, Tap};
 use cirro_link::{FrameId, Link, TxFrame};
 use cirro_protocol::time::{Instant, earliest};
 use cirro_protocol::types::{Cid, ETHERNET_BYTES, Steer};
-use cirro_protocol::wire::Header;
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::guarded::is_guarded;
 use cirro_protocol::wire::long::LongFrame;
+use cirro_protocol::wire::{Header, Mode};
 use cirro_protocol::{PayloadRef, Placement, SealWith};
 use cirro_seal::{Mismatch, Nonces, open_long, seal_crc, splice};
 
@@ -341,6 +341,9 @@ fn take_short(
     }
     let disk = &mut disks.get_mut(header.cid.index()).ok_or(Drop::NoSession)?.disk;
     let nonces = disk.initiator.nonces_in(header.cid, source).ok_or(Drop::NoSession)?.into();
+    if header.mode == Mode::Aead && disk.initiator.has_seen(header.pn) {
+        return Err(Drop::Repeated);
+    }
     let Scratch { placements, plain, .. } = scratch;
     let frame = disk.protection.open(nonces, &header, bytes, plain).map_err(|mismatch| match mismatch {
         Mismatch::Layout => Drop::Malformed,

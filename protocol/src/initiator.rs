@@ -263,6 +263,14 @@ impl Initiator {
         }
     }
 
+    /// True if a frame of the session at hand with this number came before. With keys it need not be opened: nobody sends one twice.
+    pub fn has_seen(&self, pn: u64) -> bool {
+        match &self.phase {
+            Phase::Connected(connected) => connected.session.has_seen(pn),
+            Phase::Seeking { .. } | Phase::Greeting { .. } => false,
+        }
+    }
+
     /// Takes a short frame whose seal was right. The caller copies the placements before it takes the next frame.
     pub fn handle_frame(
         &mut self,

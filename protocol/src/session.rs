@@ -255,6 +255,11 @@ impl Session {
         (self.config.peer_nonce, self.config.nonce)
     }
 
+    /// True if a frame of this number came before, or is too old to tell.
+    pub(crate) fn has_seen(&self, pn: u64) -> bool {
+        !self.received.is_new(pn)
+    }
+
     /// True if the window has room for more data.
     pub(crate) fn may_send_data(&mut self) -> bool {
         let room = self.sent.in_flight_bytes() < self.congestion.window_bytes();

@@ -271,6 +271,11 @@ impl Target {
         self.session.nonces_in()
     }
 
+    /// True if a frame with this number came before. With keys it need not be opened: nobody sends one twice.
+    pub fn has_seen(&self, pn: u64) -> bool {
+        self.session.has_seen(pn)
+    }
+
     /// The buffers that the writes beginning in this frame need: slot and bytes. If one cannot be had the frame must be dropped: it is not
     /// acked, and comes again.
     pub fn buffers_wanted(&self, frame: &Frame<'_>, wanted: &mut Vec<(Slot, u32)>) {

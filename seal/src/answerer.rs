@@ -33,6 +33,8 @@ const HANDSHAKES_MAX: u32 = 100;
 /// Handshakes of a window for one address, and addresses that have any in it.
 const HANDSHAKES_PER_SOURCE_MAX: u32 = 25;
 const SOURCES_MAX: usize = 64;
+/// Cookies given in a window: a flood must not make the node send as much.
+const COOKIES_MAX: u32 = 200;
 /// Cookies are of a secret that lives so long; those of the one before count too.
 const COOKIE_LIFE: Nanos = Nanos::from_secs(120);
 
@@ -45,6 +47,7 @@ pub struct Answerer {
     window_since: Instant,
     /// Handshakes of this window, and whether the last one had too many.
     handshakes: u32,
+    cookies: u32,
     pressed: bool,
     sources: Vec<(MacAddress, u32)>,
 }
@@ -110,6 +113,7 @@ impl Answerer {
             secret_since: Instant(0),
             window_since: Instant(0),
             handshakes: 0,
+            cookies: 0,
             pressed: false,
             sources: Vec::with_capacity(SOURCES_MAX),
         }
@@ -129,7 +133,7 @@ impl Answerer {
         if now.since(self.window_since) >= WINDOW {
             let next_to_it = now.since(self.window_since) < WINDOW.times(2);
             self.pressed = next_to_it && self.handshakes > FREE_HANDSHAKES_MAX;
-            (self.window_since, self.handshakes) = (now, 0);
+            (self.window_since, self.handshakes, self.cookies) = (now, 0, 0);
             self.sources.clear();
         }
         self.handshakes = self.handshakes.saturating_add(1);
@@ -145,6 +149,10 @@ impl Answerer {
             false => {
                 // Whoever shows no cookie does not use up the place of one who does.
                 self.handshakes = self.handshakes.min(FREE_HANDSHAKES_MAX + 1);
+                self.cookies = self.cookies.saturating_add(1);
+                if self.cookies > COOKIES_MAX {
+                    return Admission::Drop;
+                }
                 Admission::Cookie(self.cookie(hello, source))
             }
         }

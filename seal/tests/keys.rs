@@ -261,12 +261,12 @@ fn a_flood_of_hellos_costs_no_handshakes_but_of_those_who_show_a_cookie() {
     for tenth in 0..5 {
         let now = NOW + Nanos::from_millis(100 * tenth);
         let (went, cookies) = flood(&mut pair.answerer, now, 1_000);
-        assert_eq!(went + cookies, 1_000);
+        assert!(cookies >= 1 && went + cookies <= 220, "{went} handshakes and {cookies} cookies");
         admitted += went;
     }
     assert!(admitted <= 20, "{admitted} of 5000");
 
-    let now = NOW + Nanos::from_millis(450);
+    let now = NOW + Nanos::from_millis(500);
     let frame = sealed(&mut pair.caller, Body::Hello(hello(1)));
     let Admission::Cookie(cookie) = pair.answerer.admit(now, &pair.answerer.check(&frame).unwrap()) else {
         panic!("a cookie is asked for")

@@ -275,7 +275,7 @@ fn a_repeated_hello_makes_no_second_session() {
     // The very frame again is dropped by its packet number.
     rig.send(&ping);
     rig.turns(1);
-    assert_eq!(rig.sessions(), 1);
+    assert_eq!((rig.sessions(), rig.dropped("repeated")), (1, 1));
 }
 
 /// P-111: an attachment is its first client's; another with a right of its own cannot take its sessions away.

@@ -27,6 +27,8 @@ pub(crate) enum Peer {
     Also,
     /// cirro-backend and cirro-node on a volume in the node's memory.
     OursRam,
+    /// cirro-backend and cirro-node with keys.
+    OursKeys,
     /// cirro-backend and cirro-node that never spin.
     OursSleeping,
     /// cirro-backend and cirro-node with `--link-mode udp`; segmentation offloads off.
@@ -47,8 +49,9 @@ pub(crate) enum Peer {
 
 impl Peer {
     /// Those of the main tables.
-    pub(crate) const ALL: [Peer; 10] = [
+    pub(crate) const ALL: [Peer; 11] = [
         Peer::Ours,
+        Peer::OursKeys,
         Peer::OursRam,
         Peer::OursUdp,
         Peer::OursUdpOffload,
@@ -63,6 +66,7 @@ impl Peer {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Peer::Ours => "cirrostratus",
+            Peer::OursKeys => "cirrostratus, keys",
             Peer::Also => "cirrostratus, other build",
             Peer::OursRam => "cirrostratus, `ram:` volume",
             Peer::OursSleeping => "cirrostratus, `--poll-us 0`",
@@ -80,6 +84,7 @@ impl Peer {
     fn front(self) -> &'static str {
         match self {
             Peer::Ours => "ours",
+            Peer::OursKeys => "keys",
             Peer::Also => "also",
             Peer::OursRam => "ram",
             Peer::OursSleeping => "sleeping",
@@ -116,7 +121,7 @@ impl Peers {
                 continue;
             }
             let daemon = match peer {
-                Peer::Ours | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => {
+                Peer::Ours | Peer::OursKeys | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => {
                     peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?
                 }
                 Peer::OursSleeping => peers.start_ours(lab, scratch, peer, (Some(0), None))?,
@@ -161,7 +166,8 @@ impl Peers {
         let volume = format!("{name}={}", path.display());
         let udp = ["--link-mode", "udp", "--udp-peer", lab.store().address()];
         let link: &[&str] = if peer.front() == "udp" { &udp } else { &[] };
-        let launch = |name| Launch::new(name).with(&spin).with(link).of_build(build);
+        let keys = peer == Peer::OursKeys;
+        let launch = |name| Launch::new(name).with(&spin).with(link).of_build(build).with_keys(keys);
         self.back.push(launch(&node).node(lab.store(), scratch, &[volume]));
         Ok(launch(name).with(&["--queues", "4", "--queue-size", "1024"]).backend(lab.host(), scratch, name))
     }

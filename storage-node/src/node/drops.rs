@@ -3,7 +3,7 @@
 //! Knows no frame. Counted by `receive` and `handshake`.
 
 /// How many reasons there are.
-pub const DROP_REASONS: usize = 13;
+pub const DROP_REASONS: usize = 14;
 /// Their names, by number.
 pub const DROP_NAMES: [&str; DROP_REASONS] = [
     "malformed",
@@ -19,6 +19,7 @@ pub const DROP_NAMES: [&str; DROP_REASONS] = [
     "long-ignored",
     "key-phase",
     "long-other-mode",
+    "repeated",
 ];
 
 /// A reason; its number indexes [`DROP_NAMES`].
@@ -50,6 +51,8 @@ pub enum DropReason {
     KeyPhase = 11,
     /// A LONG frame without keys where they are asked for, or with keys where there are none.
     LongOtherMode = 12,
+    /// With keys: a frame of this number came before.
+    Repeated = 13,
 }
 
-const _: () = assert!(DropReason::LongOtherMode as usize + 1 == DROP_REASONS);
+const _: () = assert!(DropReason::Repeated as usize + 1 == DROP_REASONS);

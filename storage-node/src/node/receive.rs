@@ -8,7 +8,7 @@ use cirro_protocol::time::Instant;
 use cirro_protocol::types::{ETHERNET_BYTES, PAYLOADS_MAX, Slot};
 use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::wire::ethernet::Ethernet;
-use cirro_protocol::wire::{Frame, Header};
+use cirro_protocol::wire::{Frame, Header, Mode};
 use cirro_seal::Mismatch;
 
 use super::drops::DropReason;
@@ -67,6 +67,9 @@ impl<S: Store> Node<S> {
         // Another address needs another handshake (P-23), whatever the mode.
         if ethernet.source != session.target.peer() {
             return Err(DropReason::OtherSource);
+        }
+        if header.mode == Mode::Aead && session.target.has_seen(header.pn) {
+            return Err(DropReason::Repeated);
         }
         let nonces = session.target.nonces_in().into();
         let frame = session.standing.guard.open(nonces, &header, bytes, &mut self.plain).map_err(reason)?;
