@@ -140,6 +140,17 @@ impl Lab {
         Lab { machines, bridge: None }.up()
     }
 
+    /// Takes both interfaces of a pair away and puts new ones, with other addresses, in their place.
+    pub fn replace_wire(&self, mtu: u32) {
+        let (host, store) = (&self.machines[0].namespace.name, &self.machines[1].namespace.name);
+        run(&format!("ip -n {host} link del {INTERFACE}"));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        run(&format!(
+            "ip -n {host} link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} mtu {mtu} netns {store}"
+        ));
+        self.machines.iter().for_each(Machine::finish);
+    }
+
     /// `count` machines on a bridge, which is in a namespace of its own.
     pub fn bridged(count: usize, mtu: u32) -> Lab {
         let bridge = Namespace::new("bridge");

@@ -44,6 +44,12 @@ pub struct Flags {
     /// Listen for the VMM on this file descriptor, a listening unix socket that was opened for us.
     #[arg(long, value_name = "N")]
     pub fd: Option<RawFd>,
+    /// The mode of that socket, in octal: who may connect needs to write to it [default: as the umask says].
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub socket_mode: Option<u32>,
+    /// The user who owns that socket: whom the VMM runs as.
+    #[arg(long, value_name = "NAME")]
+    pub socket_owner: Option<String>,
     /// The network interface that leads to the storage nodes.
     #[arg(long, value_name = "IF")]
     pub link: Option<String>,
@@ -107,6 +113,10 @@ pub struct Flags {
     /// Print what this back-end can do, as JSON, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
+    /// Become this user when everything is open, with no capability but CAP_NET_RAW (none with --link-mode udp). The state directory is given
+    /// to it.
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
     /// Log more (-vv: still more).
     #[arg(short, action = ArgAction::Count)]
     pub verbose: u8,
@@ -131,9 +141,12 @@ struct File {
     #[serde(default)]
     udp_peers: Vec<Ipv4Addr>,
     security: Option<Security>,
+    socket_mode: Option<String>,
+    socket_owner: Option<String>,
     key: Option<PathBuf>,
     node_key: Option<String>,
     psk: Option<PathBuf>,
+    user: Option<String>,
     workers: Option<u16>,
     poll_us: Option<u32>,
     state_dir: Option<PathBuf>,
@@ -169,6 +182,12 @@ pub struct Config {
     pub link: Settings,
     /// Its workers.
     pub workers: u16,
+    /// Mode and owner of the sockets that are made.
+    pub socket_mode: Option<u32>,
+    /// See `socket_mode`.
+    pub socket_owner: Option<String>,
+    /// Who to become.
+    pub user: Option<String>,
     /// Spinning in µs.
     pub poll_us: u32,
     /// The file of our private key; `None`: security is none.
@@ -348,12 +367,21 @@ impl Config {
         in_range("workers", workers.into(), 1..=WORKERS_MAX.into(), "1 to 256")?;
         in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
         check_keys(by_key, key.is_some(), &disks)?;
+        let listed_mode = file.socket_mode.as_deref().map(parse_mode).transpose();
+        let listed_mode = listed_mode.map_err(|reason| Error::Value {
+            disk: 0,
+            name: "socket-mode",
+            reason: reason.into(),
+        })?;
         let state_dir =
             flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
         Ok(Config {
             link,
             workers,
             poll_us,
+            user: flags.user.clone().or(file.user),
+            socket_mode: flags.socket_mode.or(listed_mode),
+            socket_owner: flags.socket_owner.clone().or(file.socket_owner),
             key: by_key.then(|| key.unwrap_or_else(|| state_dir.join("key"))),
             state_dir,
             run_dir: flags.run_dir.clone().or(file.run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
@@ -374,6 +402,11 @@ impl Keys {
         let of_file = parse_node_key(0, file.node_key.as_deref())?;
         Ok(Keys { node_key: of_file, psk: file.psk.clone() })
     }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| format!("not a mode: {text:?}; give it in octal, as in 0660"))
 }
 
 fn parse_node_key(disk: usize, text: Option<&str>) -> Result<Option<PublicKey>, Error> {

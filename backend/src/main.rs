@@ -21,6 +21,7 @@ use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
+use cirro_ctl::confine::{User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile;
 use cirro_ctl::server::Server;
@@ -53,6 +54,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let stop = Stop::on_signals().context("cannot take over signals")?;
     let listening =
         config.disks.iter().map(|disk| Listening::open(&disk.socket)).collect::<Result<Vec<_>, _>>()?;
+    let owner = config.socket_owner.as_deref().map(User::named).transpose()?;
+    listening.iter().try_for_each(|socket| socket.admit(owner.as_ref(), config.socket_mode))?;
     let states = config
         .disks
         .iter()
@@ -62,6 +65,14 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let identity = open_identity(&config)?;
+    let user = config.user.as_deref().map(User::named).transpose()?;
+    if let Some(user) = &user {
+        user.take(&config.state_dir)?;
+        user.take(&config.run_dir)?;
+        config.ctl_socket.iter().try_for_each(|path| user.take_folder_of(path))?;
+    }
+    confine(user.as_ref(), config.link.mode == any::Mode::Packet)?;
+
     let kept = states.into_iter().zip(remains).collect();
     let crew = Crew::new(&config, identity.as_ref(), kept, (process, links), &stop)?;
     let Crew { workers, disks, mut view } = crew;

@@ -2,16 +2,17 @@
 //!
 //! Knows waiting and connections; does not know rings' contents or frames. Called by `main`.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use cirro_ctl::confine::User;
 use cirro_ctl::stop::Stop;
 use cirro_link::spin::Spin;
 use cirro_link::tap::Tap;
@@ -351,6 +352,21 @@ impl Listening {
                 Ok(Listening { listener, path: Some(path.clone()) })
             }
         }
+    }
+}
+
+impl Listening {
+    /// Says who may connect. A descriptor that was opened for us stays as it is.
+    ///
+    /// # Errors
+    /// [`ListenError::Io`].
+    pub fn admit(&self, owner: Option<&User>, mode: Option<u32>) -> Result<(), ListenError> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let owned = owner.map_or(Ok(()), |owner| lchown(path, Some(owner.uid), Some(owner.gid)));
+        let admitted = owned.and_then(|()| {
+            mode.map_or(Ok(()), |mode| std::fs::set_permissions(path, Permissions::from_mode(mode)))
+        });
+        admitted.map_err(|cause| ListenError::Io { path: path.clone(), cause })
     }
 }
 

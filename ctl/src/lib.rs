@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod confine;
 mod connection;
 pub mod counter;
 pub mod daemon;

@@ -80,6 +80,10 @@ pub struct Flags {
     /// Memory per worker for the data of reads, in MiB, used as needed [default: 128].
     #[arg(long, value_name = "N")]
     pub read_pool_mib: Option<u32>,
+    /// Become this user when everything is open, with no capability but CAP_NET_RAW (none with --link-mode udp). The state directory is given
+    /// to it.
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
     /// Log more (-vv: still more).
     #[arg(short, action = ArgAction::Count)]
     pub verbose: u8,
@@ -136,6 +140,7 @@ struct File {
     psks: Vec<String>,
     state_dir: Option<PathBuf>,
     ctl_socket: Option<PathBuf>,
+    user: Option<String>,
     workers: Option<u16>,
     poll_us: Option<u32>,
     write_pool_mib: Option<u32>,
@@ -177,6 +182,8 @@ pub struct Config {
     pub ctl_socket: PathBuf,
     /// Worker threads.
     pub workers: u16,
+    /// Who to become.
+    pub user: Option<String>,
     /// Spinning in µs.
     pub poll_us: u32,
     /// Write pool per worker.
@@ -301,6 +308,7 @@ impl Config {
             state_dir,
             ctl_socket: flags.ctl_socket.clone().or(parsed.ctl_socket).unwrap_or(CTL_SOCKET_DEFAULT.into()),
             workers,
+            user: flags.user.clone().or(parsed.user),
             poll_us,
             write_pool_bytes: pool_bytes("write-pool-mib", write_mib, WRITE_POOL_BYTES_DEFAULT)?,
             read_pool_bytes: pool_bytes("read-pool-mib", read_mib, READ_POOL_BYTES_DEFAULT)?,

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
+use cirro_ctl::confine::{User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile::{self, KeyFileError};
 use cirro_ctl::publish::{Publisher, Reader};
@@ -18,7 +19,7 @@ use cirro_ctl::request::{
 };
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::any::{self, AnyLink};
+use cirro_link::any::{self, AnyLink, Mode};
 use cirro_link::stack::stack;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps, Way};
@@ -60,6 +61,13 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let facts = link_facts(&config, &links, started);
     let security = open_security(&config, &state)?;
+
+    let user = config.user.as_deref().map(User::named).transpose()?;
+    if let Some(user) = &user {
+        user.take(&config.state_dir)?;
+        user.take_folder_of(&config.ctl_socket)?;
+    }
+    confine(user.as_ref(), config.link.mode == Mode::Packet)?;
 
     let worker_of = |index: usize| (index % usize::from(config.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));

@@ -323,3 +323,76 @@ fn nothing_of_the_disk_is_on_the_wire_in_clear() {
         assert_eq!((patterns > 100, names > 0), (!keys, !keys));
     }
 }
+
+/// What every thread of a process may do: its users, effective capabilities, whether it may gain any, and its filter.
+fn standing(daemon: &Daemon) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the process lives");
+    let told = tasks.map(|task| {
+        let text =
+            std::fs::read_to_string(task.expect("a thread").path().join("status")).expect("a thread lives");
+        let wanted = ["Uid:", "Gid:", "Groups:", "CapPrm:", "CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:"];
+        let lines = text.lines().filter(|line| wanted.iter().any(|name| line.starts_with(name)));
+        lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ") + "\n").collect::<String>()
+    });
+    let mut told: Vec<String> = told.collect();
+    told.dedup();
+    told
+}
+
+/// With `--user`: an ordinary user with one capability, in every thread; and that is enough, also when the interface has gone and come back.
+/// Without: no new privileges and the filter all the same.
+#[test]
+fn daemons_give_up_what_they_do_not_need() {
+    let (lab, scratch) = (Lab::pair(9000), Scratch::new());
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(scratch.path(""), everybody).expect("the folder is ours");
+    let path = scratch.volume("disk", DISK_BYTES);
+    let as_nobody = ["--user", "nobody"];
+    let launch = Launch::new("node").with_keys(true).with(&as_nobody);
+    let mut node = launch.node(lab.store(), &scratch, &[volume("disk", &path)]);
+    let sockets = ["--socket-owner", "nobody", "--socket-mode", "0600"];
+    let launch = Launch::new("backend").with_keys(true).with(&as_nobody).with(&sockets);
+    let mut backend = launch.backend(lab.host(), &scratch, "disk");
+    for daemon in [&node, &backend] {
+        let told = standing(daemon);
+        let [threads] = &told[..] else { panic!("threads differ: {told:?}") };
+        println!("{threads}");
+        let raw = "0000000000002000";
+        for line in [
+            "NoNewPrivs: 1",
+            "Seccomp: 2",
+            &format!("CapEff: {raw}"),
+            &format!("CapPrm: {raw}"),
+            &format!("CapBnd: {raw}"),
+        ] {
+            assert!(threads.contains(line), "{line}");
+        }
+        assert!(!threads.contains("Uid: 0") && !threads.contains("Gid: 0"));
+    }
+    let facts = std::fs::metadata(scratch.path("backend.sock")).expect("the socket is there");
+    let owner = std::os::unix::fs::MetadataExt::uid(&facts);
+    assert_eq!((std::os::unix::fs::MetadataExt::mode(&facts) & 0o777, owner), (0o600, 65_534));
+
+    let mut verifier = Verifier::new(DISK_BYTES, 6);
+    let mut front_end = connect(&scratch, "backend", SHAPE);
+    let time = Duration::from_millis(500);
+    judge(&mut verifier, &mut front_end, Size::UpTo(64 << 10), Mix::Everything, time);
+    lab.replace_wire(9000);
+    let sessions = disk(&backend).counters.expect("stats were asked for").reconnects;
+    backend.wait_until("had another session", |backend| {
+        let disk = disk(backend);
+        disk.state.name == DiskState::Healthy
+            && disk.counters.is_some_and(|counters| counters.reconnects > sessions)
+    });
+    judge(&mut verifier, &mut front_end, Size::UpTo(64 << 10), Mix::Everything, time);
+    must(verifier.check_all(&mut front_end));
+    drop(front_end);
+    // The owner's record could be written by that user.
+    backend.stop();
+    node.wait_until("let go of the volume", |node| node.node_report().volumes[0].owner.is_none());
+    node.stop();
+    let path = scratch.volume("other", DISK_BYTES);
+    let node = Launch::new("rootly").with_keys(true).node(lab.store(), &scratch, &[volume("other", &path)]);
+    assert!(standing(&node).iter().all(|told| told.contains("NoNewPrivs: 1") && told.contains("Seccomp: 2")));
+    node.stop();
+}

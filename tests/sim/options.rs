@@ -217,7 +217,7 @@ impl Options {
         }
         of_hosts.retain(|disks| !disks.is_empty());
         let strangers = rng.u8(0..4) == 0;
-        let keys = seed.is_multiple_of(4);
+        let keys = seed.is_multiple_of(8);
         Options {
             seed,
             mtu: *rng.choice(&[1500, 1500, 4200, 9000, 9000, 65535]).expect("some"),
