@@ -4,11 +4,17 @@
 #![no_main]
 
 use cirro_protocol::types::{ETHERNET_BYTES, VolumeName};
+use cirro_protocol::wire::guarded::{FIRST_MARK_AT, Guarded};
 use cirro_protocol::wire::long::{Body, LONG_FRAME_BYTES, LongFrame};
 use cirro_seal::open_long;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
+    if let Ok(guarded) = Guarded::parse(bytes) {
+        let mut head = Vec::new();
+        guarded.emit(&mut head);
+        assert_eq!(head[..], bytes[..FIRST_MARK_AT]);
+    }
     let _fits = open_long(bytes);
     let Ok(frame) = LongFrame::parse(bytes) else { return };
     assert_eq!(bytes.len(), LONG_FRAME_BYTES);
