@@ -112,6 +112,7 @@ fields.pad = ProtoField.bytes("cirro.pad", "padding")
 fields.crc = ProtoField.uint32("cirro.crc", "CRC32C of 4 KiB", base.HEX)
 fields.tag = ProtoField.uint32("cirro.tag", "tag", base.HEX)
 fields.tag_state = ProtoField.string("cirro.tag_state", "tag state")
+fields.mark = ProtoField.bytes("cirro.mark", "mark")
 fields.sealed = ProtoField.bytes("cirro.sealed", "encrypted")
 cirro.fields = fields
 
@@ -172,12 +173,13 @@ local function learn(pinfo, kind, body)
   end
 end
 
--- Adds the rows of a structure to the tree; `range` is exactly as long.
+-- Adds the rows of a structure to the tree; `range` is exactly as long, or ends before what is encrypted.
 local function add_structure(tree, range, structure, title)
   local branch = tree:add(cirro, range, title)
   local at = 0
   for _, row in ipairs(STRUCTURES[structure]) do
     local name, bytes, kind = row[1], row[2], row[3]
+    if at + bytes > range:len() then return branch end
     local part = range:range(at, bytes)
     at = at + bytes
     if kind:sub(1, 1) == "u" and kind ~= "uuid" then
@@ -211,7 +213,30 @@ local function check_tag(tree, range, covered)
   if state == "bad" then item:add_proto_expert_info(experts.checksum, "tag does not fit") end
 end
 
+-- A LONG frame with keys: what it says cannot be read, or stands behind fields of its own.
+local function dissect_guarded(tvb, pinfo, tree)
+  if tvb:len() ~= 290 then
+    tree:add_proto_expert_info(experts.malformed, "a LONG frame with keys has 304 bytes")
+    return
+  end
+  local kind = tvb(1, 1):uint()
+  local name = kind ~= 5 and (TYPES[kind] or string.format("type %d", kind)) or "type 5"
+  pinfo.cols.info:set(name .. ", keys")
+  add_bits(add_structure(tree, tvb(0, 4), "long_header", "LONG header: " .. name .. ", keys"), tvb(0, 1))
+  local structure = BODIES[kind]
+  if kind == 4 or kind == 6 or kind == 7 then
+    add_structure(tree, tvb(34, sizes[structure]), structure, name)
+  elseif kind >= 1 and kind <= 3 then
+    tree:add(fields.sealed, tvb(34, 224))
+  else
+    tree:add_proto_expert_info(experts.malformed, "unknown type of LONG frame")
+  end
+  tree:add(fields.mark, tvb(258, 16))
+  tree:add(fields.mark, tvb(274, 16))
+end
+
 local function dissect_long(tvb, pinfo, tree)
+  if bit.band(tvb(0, 1):uint(), 0x0f) == 1 then return dissect_guarded(tvb, pinfo, tree) end
   if tvb:len() < 190 then
     tree:add_proto_expert_info(experts.malformed, "a LONG frame has 204 bytes")
     return
@@ -340,8 +365,9 @@ local function dissect_short(tvb, pinfo, tree)
     return
   end
   pinfo.cols.info:set("")
-  add_bits(add_structure(tree, tvb(0, 34), "frame_header", "Frame header"), tvb(0, 1), tvb(1, 1))
   local mode = bit.band(tvb(0, 1):uint(), 3)
+  local clear = mode == 0 and 34 or 16
+  add_bits(add_structure(tree, tvb(0, clear), "frame_header", "Frame header"), tvb(0, 1), tvb(1, 1))
   if mode ~= 0 then
     pinfo.cols.info:set("sealed")
     tree:add(fields.sealed, tvb(16))

@@ -126,6 +126,35 @@ fn payloads_checksums_and_tags_are_shown_and_right() {
     }
 }
 
+/// With keys what is in clear is shown, and nothing is made up of what is not.
+#[test]
+fn frames_with_keys_show_what_is_in_clear() {
+    let header = |vt: u8, code: u8| {
+        let mut bytes = vec![2; 12];
+        bytes.extend([0x88, 0xb5, vt, code, 0x28, 0x01, 0x78, 0x56, 0x34, 0x12]);
+        bytes
+    };
+    let short = [header(0x21, 0), 77u64.to_le_bytes().to_vec(), vec![0xa5; 64]].concat();
+    let hello = [header(0x31, 1), vec![0; 26], vec![0xa5; 256]].concat();
+    let cut = hello[..300].to_vec();
+    let capture = Capture::new("keys", &[short, hello, cut]);
+    let columns = [
+        "cirro.frame_header.pn",
+        "cirro.frame_header.ack_pn",
+        "cirro.sealed",
+        "cirro.mode",
+        "_ws.expert.message",
+    ];
+    let shown = capture.columns(&columns.map(str::to_owned));
+    assert_eq!(shown[0][..2], ["77", ""], "{shown:?}");
+    assert_eq!(
+        (shown[0][2].as_str(), shown[0][3].as_str(), shown[0][4].as_str()),
+        ("a5".repeat(64).as_str(), "1", "")
+    );
+    assert_eq!((shown[1][2].as_str(), shown[1][4].as_str()), ("a5".repeat(224).as_str(), ""));
+    assert_eq!(shown[2][4], "a LONG frame with keys has 304 bytes");
+}
+
 #[test]
 fn what_is_wrong_with_a_frame_is_named() {
     let goldens = handshake_first();

@@ -85,11 +85,11 @@ pub fn replay(machine: &Machine, frames: &[Vec<u8>]) {
     }
 }
 
-/// Frames that an attacker sends in one go, and how often: 16 000 a second.
-const ATTACK_BURST: u64 = 64;
+/// Frames that an attacker sends in one go, and how often: 12 000 a second.
+const ATTACK_BURST: u64 = 48;
 const ATTACK_EVERY: Duration = Duration::from_millis(4);
 
-/// Sends for as long as nobody stops it, 16 frames a millisecond; `each` writes one at a time.
+/// Sends for as long as nobody stops it, 12 frames a millisecond; `each` writes one at a time.
 #[derive(Debug)]
 pub struct Attack {
     stop: Arc<AtomicBool>,

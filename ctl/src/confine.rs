@@ -116,7 +116,8 @@ impl User {
         if user.uid == 0 { Err(ConfineError::Root(name.to_owned())) } else { Ok(user) }
     }
 
-    /// Gives the user a folder and what is in it, so that it can go on using what root has made. Links are not followed.
+    /// Gives the user a folder and the files that lie right in it, so that it can go on using what root has made. Links are not followed,
+    /// nor are folders in it: one that was named by mistake is not lost as a whole.
     ///
     /// # Errors
     /// [`ConfineError::HandOver`].
@@ -130,7 +131,11 @@ impl User {
             return Ok(());
         }
         for entry in fs::read_dir(path).map_err(failed(path))? {
-            self.take(&entry.map_err(failed(path))?.path())?;
+            let entry = entry.map_err(failed(path))?;
+            if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                let path = entry.path();
+                std::os::unix::fs::lchown(&path, Some(self.uid), Some(self.gid)).map_err(failed(&path))?;
+            }
         }
         Ok(())
     }

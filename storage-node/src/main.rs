@@ -65,6 +65,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::named).transpose()?;
     if let Some(user) = &user {
         user.take(&config.state_dir)?;
+        user.take(&config.state_dir.join("owners"))?;
         user.take_folder_of(&config.ctl_socket)?;
     }
     confine(user.as_ref(), config.link.mode == Mode::Packet)?;
