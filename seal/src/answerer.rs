@@ -45,7 +45,8 @@ pub struct Answerer {
     secrets: [[u8; 32]; 2],
     secret_since: Instant,
     window_since: Instant,
-    /// Handshakes of this window, and whether the last one had too many.
+    /// HELLOs of this window, handshakes made for them, cookies given; and whether the last one had too many HELLOs.
+    calls: u32,
     handshakes: u32,
     cookies: u32,
     pressed: bool,
@@ -112,6 +113,7 @@ impl Answerer {
             secrets,
             secret_since: Instant(0),
             window_since: Instant(0),
+            calls: 0,
             handshakes: 0,
             cookies: 0,
             pressed: false,
@@ -132,29 +134,28 @@ impl Answerer {
     pub fn admit(&mut self, now: Instant, hello: &Marked<'_>) -> Admission {
         if now.since(self.window_since) >= WINDOW {
             let next_to_it = now.since(self.window_since) < WINDOW.times(2);
-            self.pressed = next_to_it && self.handshakes > FREE_HANDSHAKES_MAX;
-            (self.window_since, self.handshakes, self.cookies) = (now, 0, 0);
+            self.pressed = next_to_it && self.calls > FREE_HANDSHAKES_MAX;
+            (self.window_since, self.calls, self.handshakes, self.cookies) = (now, 0, 0, 0);
             self.sources.clear();
         }
-        self.handshakes = self.handshakes.saturating_add(1);
-        if !self.pressed && self.handshakes <= FREE_HANDSHAKES_MAX {
+        self.calls = self.calls.saturating_add(1);
+        if !self.pressed && self.calls <= FREE_HANDSHAKES_MAX {
+            self.handshakes += 1;
             return Admission::Go;
         }
         self.renew_secrets(now);
         let source = hello.source();
         let shown = self.secrets.iter().any(|secret| shows_cookie(hello.bytes, &cookie_of(secret, source)));
         match shown {
-            true if self.handshakes <= HANDSHAKES_MAX && self.has_turn(source) => Admission::Go,
-            true => Admission::Drop,
-            false => {
-                // Whoever shows no cookie does not use up the place of one who does.
-                self.handshakes = self.handshakes.min(FREE_HANDSHAKES_MAX + 1);
-                self.cookies = self.cookies.saturating_add(1);
-                if self.cookies > COOKIES_MAX {
-                    return Admission::Drop;
-                }
+            true if self.handshakes < HANDSHAKES_MAX && self.has_turn(source) => {
+                self.handshakes += 1;
+                Admission::Go
+            }
+            false if self.cookies < COOKIES_MAX => {
+                self.cookies += 1;
                 Admission::Cookie(self.cookie(hello, source))
             }
+            true | false => Admission::Drop,
         }
     }
 

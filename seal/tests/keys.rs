@@ -283,6 +283,25 @@ fn a_flood_of_hellos_costs_no_handshakes_but_of_those_who_show_a_cookie() {
     let went =
         (0..200).filter(|_| pair.answerer.admit(now, &pair.answerer.check(&again).unwrap()) == Admission::Go);
     assert!(went.count() <= 25);
+    // Many addresses, each with its cookie, and the flood beside them: no more than 100.
+    let now = NOW + Nanos::from_millis(600);
+    flood(&mut pair.answerer, now, 30);
+    let mut went = 0;
+    for address in 0..20 {
+        let mut frame = sealed(&mut pair.caller, Body::Hello(hello(2)));
+        frame[6..12].copy_from_slice(&[2, 0, 0, 0, 1, address]);
+        if let Admission::Cookie(cookie) = pair.answerer.admit(now, &pair.answerer.check(&frame).unwrap()) {
+            assert!(matches!(pair.caller.open(&cookie), Ok(Said::Cookie)));
+        }
+        let mut frame = sealed(&mut pair.caller, Body::Hello(hello(2)));
+        frame[6..12].copy_from_slice(&[2, 0, 0, 0, 1, address]);
+        for _ in 0..10 {
+            went +=
+                u32::from(pair.answerer.admit(now, &pair.answerer.check(&frame).unwrap()) == Admission::Go);
+        }
+        flood(&mut pair.answerer, now, 2);
+    }
+    assert!((50..=100).contains(&went), "{went}");
     let (went, _) = flood(&mut pair.answerer, now + Nanos::from_secs(2), 10);
     assert_eq!(went, 10, "when it is over nobody is asked for a cookie");
 }

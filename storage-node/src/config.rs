@@ -254,6 +254,12 @@ pub enum ConfigError {
         /// By what.
         named: &'static str,
     },
+    /// A grant of a volume that is not served.
+    #[error("a grant names volume {volume}, which is not served here: correct the name, or add the volume")]
+    GrantOfNothing {
+        /// The volume.
+        volume: VolumeName,
+    },
     /// A key where there are none.
     #[error("{0} needs --security keys: leave one of the two out")]
     NoKeys(&'static str),
@@ -288,6 +294,10 @@ impl Config {
         check_keys(security, key.is_some(), &grants, &psks)?;
         let volumes = join_volumes(&flags.volumes, parsed.volumes, path)?;
         let state_dir = flags.state_dir.clone().or(parsed.state_dir).unwrap_or(STATE_DIR_DEFAULT.into());
+        let unserved = grants.iter().find(|grant| volumes.iter().all(|volume| volume.name != grant.volume));
+        if let Some(grant) = unserved {
+            return Err(ConfigError::GrantOfNothing { volume: grant.volume });
+        }
         let link = flags.link.clone().or(parsed.link).filter(|link| !link.is_empty());
         let workers = flags.workers.or(parsed.workers).unwrap_or(1);
         let poll_us = flags.poll_us.or(parsed.poll_us).unwrap_or(POLL_US_DEFAULT);
@@ -506,7 +516,7 @@ mod tests {
         let config = Config::new(&by_key, None).unwrap();
         assert_eq!(config.key, Some(Path::new(STATE_DIR_DEFAULT).join("key")));
         assert_eq!((config.grants[0].right.name(), config.psks[0].path.as_path()), ("ro", Path::new("/p")));
-        let file = format!("grants = [\"a={key}\", \"b={key}:ro\"]\npsks = [\"{key}=/p\"]\nkey = \"/k\"");
+        let file = format!("grants = [\"a={key}\", \"a={key}:ro\"]\npsks = [\"{key}=/p\"]\nkey = \"/k\"");
         let of_file = flags(&["--link", "e", "--volume", "a=/a", "--grant", &grant]);
         let config = Config::new(&of_file, Some((Path::new("n.toml"), &file))).unwrap();
         let rights: Vec<_> = config.grants.iter().map(|grant| grant.right.name()).collect();
@@ -517,6 +527,7 @@ mod tests {
         let with = |more: &[&str]| refused(&[&base, more].concat(), "");
         assert!(with(&["--grant", &format!("a={mac}")]).contains("named by its public key"));
         assert!(with(&["--security", "none", "--grant", &grant]).contains("named by its MAC address"));
+        assert!(with(&["--grant", &format!("b={key}")]).contains("names volume b, which is not served"));
         assert!(with(&["--security", "none", "--key", "/k"]).contains("--key needs --security keys"));
         assert!(with(&["--security", "none", "--psk", &psk]).contains("--psk needs --security keys"));
         assert!(refused(&base, "grants = [\"a\"]").contains("n.toml: \"a\": not of the form"));
