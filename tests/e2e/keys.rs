@@ -240,6 +240,14 @@ fn who_may_not_is_refused_as_specified() {
     backend.wait_until("been let in again", |backend| disk(backend).state.name == DiskState::Healthy);
     let mut front_end = connect(&scratch, "writer", SHAPE);
     must(front_end.run(&mut load, Duration::from_millis(200)));
+
+    // Down to `ro` while its guest writes: not one write is taken any more.
+    let image = || std::fs::read(scratch.path("disk")).expect("the volume can be read");
+    grant(&node, stranger, GrantRight::Ro);
+    let before = image();
+    let failed = front_end.run(&mut load, Duration::from_secs(3)).expect_err("writes fail");
+    println!("writes with ro: {failed}; {}", why(&backend));
+    assert!(image() == before, "nothing was written");
     drop(front_end);
     backend.stop();
     node.stop();
