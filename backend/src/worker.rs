@@ -10,11 +10,11 @@ use cirro_link::{FrameId, Link, TxFrame};
 use cirro_protocol::time::{Instant, earliest};
 use cirro_protocol::types::{Cid, ETHERNET_BYTES, Steer};
 use cirro_protocol::wire::ethernet::Ethernet;
-use cirro_protocol::wire::guarded::is_guarded;
+use cirro_protocol::wire::guarded::{Guarded, is_guarded};
 use cirro_protocol::wire::long::LongFrame;
 use cirro_protocol::wire::{Header, Mode};
 use cirro_protocol::{PayloadRef, Placement, SealWith};
-use cirro_seal::{Mismatch, Nonces, open_long, seal_crc, splice};
+use cirro_seal::{Guard, Mismatch, Nonces, open_long, seal_crc, splice};
 
 use crate::disk::{Disk, KickChange};
 use crate::guest_memory::PrivateCopies;
@@ -244,7 +244,7 @@ impl<L: Link> Worker<L> {
         };
         match transmit.seal {
             SealWith::Long => disk.protection.seal_long(&mut frame.head, (disk.initiator.cid(), self.steer)),
-            SealWith::Session(..) if disk.protection.has_keys() => {
+            SealWith::Session(..) if disk.protection.is_by_keys() => {
                 seal_with_keys(disk, transmit.pn, frame, &mut self.scratch);
             }
             SealWith::Session(sender, receiver) => {
@@ -310,13 +310,26 @@ fn seal_with_keys(disk: &mut Disk, pn: u64, frame: &mut TxFrame, scratch: &mut S
         disk.copy_payload(payload, out);
         true
     });
-    disk.protection.seal(pn, &mut frame.head);
+    match disk.protection.guard() {
+        Some(Guard::Aead(keys)) => keys.seal(pn, &mut frame.head),
+        Some(Guard::Crc) | None => unreachable!("with keys a session begins with its keys"),
+    }
 }
 
-/// A handshake frame is for the disk whose cid it names; a question's answer or a hint names none, so each disk says whether it is for it.
+/// With keys an answer names the disk that it is for by its cid; without, and in a hint, no session is named that could be looked up, so each
+/// disk says whether it is for it.
 fn take_long(disks: &mut [Place], now: Instant, bytes: &[u8]) -> Result<(), Drop> {
     if is_guarded(&bytes[ETHERNET_BYTES..]) {
-        return protection::take_guarded(disks.iter_mut().map(|place| &mut place.disk), now, bytes);
+        let frame = Guarded::parse(bytes).map_err(|_| Drop::Malformed)?;
+        if !frame.is_answer() {
+            return protection::take_hint(disks.iter_mut().map(|place| &mut place.disk), now, bytes);
+        }
+        let disk = &mut disks.get_mut(frame.cid.index()).ok_or(Drop::NoSession)?.disk;
+        return if disk.initiator.cid() == frame.cid {
+            disk.take_answer(now, bytes)
+        } else {
+            Err(Drop::NoSession)
+        };
     }
     let frame = LongFrame::parse(bytes).map_err(|_| Drop::Malformed)?;
     open_long(bytes).map_err(|_| Drop::Handshake)?;
@@ -345,7 +358,8 @@ fn take_short(
         return Err(Drop::Repeated);
     }
     let Scratch { placements, plain, .. } = scratch;
-    let frame = disk.protection.open(nonces, &header, bytes, plain).map_err(|mismatch| match mismatch {
+    let guard = disk.protection.guard().ok_or(Drop::NoSession)?;
+    let frame = guard.open(nonces, &header, bytes, plain).map_err(|mismatch| match mismatch {
         Mismatch::Layout => Drop::Malformed,
         Mismatch::Tag | Mismatch::Mode | Mismatch::Phase => Drop::Tag,
         Mismatch::Payload { .. } => Drop::Payload,

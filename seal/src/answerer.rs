@@ -9,8 +9,8 @@ use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{Cid, MacAddress, PublicKey, Steer};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::guarded::{
-    CODE_COOKIE, FIRST_MARK_AT, GUARDED_BODY_BYTES, GUARDED_FRAME_BYTES, GUARDED_REPLY_BYTES, Guarded,
-    INNER_BYTES,
+    CODE_COOKIE, CODE_HELLO, CODE_HELLO_REPLY, FIRST_MARK_AT, GUARDED_BODY_BYTES, GUARDED_FRAME_BYTES,
+    GUARDED_REPLY_BYTES, Guarded, INNER_BYTES,
 };
 use cirro_protocol::wire::long::{Body, LongFrame};
 use snow::HandshakeState;
@@ -20,9 +20,6 @@ use crate::caller::clear_body;
 use crate::identity::Identity;
 use crate::marks::{Mark, Marker, SEALED_COOKIE_BYTES, cookie_of, shows_cookie};
 use crate::session_keys::{Secret, SessionKeys};
-
-const CODE_HELLO: u8 = 1;
-const CODE_HELLO_REPLY: u8 = 2;
 
 /// Handshakes are counted over this time.
 const WINDOW: Nanos = Nanos::from_millis(100);

@@ -8,7 +8,7 @@ use cirro_protocol::op::Status;
 use cirro_protocol::types::{Cid, ETHERNET_BYTES, PublicKey, Steer};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::guarded::{
-    CODE_COOKIE, GUARDED_BODY_BYTES, GUARDED_REPLY_BYTES, Guarded, INNER_BYTES,
+    CODE_COOKIE, CODE_HELLO, CODE_HELLO_REPLY, GUARDED_BODY_BYTES, GUARDED_REPLY_BYTES, Guarded, INNER_BYTES,
 };
 use cirro_protocol::wire::header::HEADER_BYTES;
 use cirro_protocol::wire::long::{Body, LONG_BODY_BYTES, LongFrame};
@@ -19,9 +19,9 @@ use crate::identity::Identity;
 use crate::marks::{Mark, Marker};
 use crate::session_keys::{Secret, SessionKeys};
 
-/// Types that are made into a handshake message.
-const CODE_HELLO: u8 = 1;
-const CODE_HELLO_REPLY: u8 = 2;
+/// Answers to one HELLO that are looked at, cookies too: who hears it and knows the node's public key can forge some, and each costs two
+/// multiplications on a curve. Another HELLO comes after a second.
+const ANSWERS_MAX: u32 = 10;
 
 /// One disk's handshakes with its node.
 pub struct Caller {
@@ -39,16 +39,17 @@ struct Asked {
     message: [u8; GUARDED_BODY_BYTES],
     noise: Box<HandshakeState>,
     first_mark: Mark,
+    /// Answers that were looked at.
+    answers: u32,
 }
 
-/// What a frame of the node says.
+/// What the node answers.
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant, reason = "lives on the stack for one call, a few times per session")]
-pub enum Said {
-    /// This; if it grants a session, with its keys.
-    Frame(LongFrame, Option<SessionKeys>),
-    /// A cookie was kept: ask again now.
-    Cookie,
+pub struct Answer {
+    /// What it says.
+    pub frame: LongFrame,
+    /// If it grants a session: its keys.
+    pub keys: Option<Box<SessionKeys>>,
 }
 
 impl Caller {
@@ -61,11 +62,6 @@ impl Caller {
     /// The node's key.
     pub fn node(&self) -> PublicKey {
         self.node
-    }
-
-    /// True while a HELLO waits for its answer.
-    pub fn is_waiting(&self) -> bool {
-        self.asked.is_some()
     }
 
     /// Makes the LONG frame that the core wrote into one that only the node can read. `answer_to` is where the answer is wanted.
@@ -106,33 +102,51 @@ impl Caller {
             noise.write_message(&inner, &mut message)?;
             Ok(Box::new(noise))
         });
-        self.asked = noise.ok().map(|noise| Asked { inner, message, noise, first_mark: [0; 16] });
+        self.asked = noise.ok().map(|noise| Asked { inner, message, noise, first_mark: [0; 16], answers: 0 });
         message
     }
 
-    /// Opens a frame of the node.
+    /// Opens what answers our HELLO. `None`: it was a cookie, and is kept; ask again now.
     ///
     /// # Errors
-    /// [`Mismatch::Tag`]: nobody wrote it who knows the node's keys; [`Mismatch::Layout`]: it makes no sense.
-    pub fn open(&mut self, bytes: &[u8]) -> Result<Said, Mismatch> {
-        let frame = Guarded::parse(bytes).map_err(|_| Mismatch::Layout)?;
-        if !self.marker.is_marked(bytes) {
-            return Err(Mismatch::Tag);
-        }
-        let (body, keys) = match frame.code {
-            CODE_HELLO_REPLY => self.open_reply(&frame)?,
+    /// [`Mismatch::Tag`]: nobody wrote it who knows the node's keys and our shared secret; [`Mismatch::Layout`]: it makes no sense, nothing was
+    /// asked, or this HELLO had more answers than are looked at.
+    pub fn open_answer(&mut self, bytes: &[u8]) -> Result<Option<Answer>, Mismatch> {
+        let frame = self.marked(bytes)?;
+        let asked =
+            self.asked.as_mut().filter(|asked| asked.answers < ANSWERS_MAX).ok_or(Mismatch::Layout)?;
+        asked.answers += 1;
+        match frame.code {
+            CODE_HELLO_REPLY => {
+                let (body, keys) = self.open_reply(&frame)?;
+                let frame = LongFrame { ethernet: frame.ethernet, steer: frame.steer, body };
+                Ok(Some(Answer { frame, keys }))
+            }
             CODE_COOKIE => {
-                let asked = self.asked.as_ref().ok_or(Mismatch::Tag)?;
                 let cookie = self.marker.open_cookie(frame.body, &asked.first_mark).ok_or(Mismatch::Tag)?;
                 self.cookie = Some(cookie);
-                return Ok(Said::Cookie);
+                Ok(None)
             }
-            code => (clear_body(code, &frame)?, None),
-        };
-        Ok(Said::Frame(LongFrame { ethernet: frame.ethernet, steer: frame.steer, body }, keys))
+            _ => Err(Mismatch::Layout),
+        }
     }
 
-    fn open_reply(&mut self, frame: &Guarded<'_>) -> Result<(Body, Option<SessionKeys>), Mismatch> {
+    /// Reads what the node says to all, or to whoever looks for it.
+    ///
+    /// # Errors
+    /// [`Mismatch::Tag`]: it comes from somebody who does not know the node's public key; [`Mismatch::Layout`].
+    pub fn open_hint(&self, bytes: &[u8]) -> Result<LongFrame, Mismatch> {
+        let frame = self.marked(bytes)?;
+        let body = clear_body(frame.code, &frame)?;
+        Ok(LongFrame { ethernet: frame.ethernet, steer: frame.steer, body })
+    }
+
+    fn marked<'a>(&self, bytes: &'a [u8]) -> Result<Guarded<'a>, Mismatch> {
+        let frame = Guarded::parse(bytes).map_err(|_| Mismatch::Layout)?;
+        if self.marker.is_marked(bytes) { Ok(frame) } else { Err(Mismatch::Tag) }
+    }
+
+    fn open_reply(&mut self, frame: &Guarded<'_>) -> Result<(Body, Option<Box<SessionKeys>>), Mismatch> {
         let asked = self.asked.as_mut().ok_or(Mismatch::Tag)?;
         let mut inner = [0; INNER_BYTES];
         let opened = asked.noise.read_message(&frame.body[..GUARDED_REPLY_BYTES], &mut inner);
@@ -143,7 +157,7 @@ impl Caller {
         let keys = match &body {
             Body::HelloReply(reply) if reply.status == Status::Ok => {
                 let (ours, theirs) = noise.dangerously_get_raw_split();
-                Some(self.identity.session_keys(ours, theirs))
+                Some(Box::new(self.identity.session_keys(ours, theirs)))
             }
             Body::HelloReply(_) | Body::Redirect(_) => None,
             Body::Hello(_) | Body::ResetHint(_) | Body::WhoHas(_) | Body::IHave(_) => {

@@ -17,7 +17,7 @@ mod marks;
 mod session_keys;
 
 pub use answerer::{Admission, Answerer, Marked, Pending};
-pub use caller::{Caller, Said};
+pub use caller::{Answer, Caller};
 pub use crc::{Crc32c, crc32c};
 pub use guard::{Guard, splice};
 pub use identity::{Entropy, Identity, new_private, os_entropy, public_of};

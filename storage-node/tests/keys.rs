@@ -19,7 +19,7 @@ use cirro_protocol::wire::body::CloseReason;
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::long::{Body, Hello, HelloReply, LongFrame, WhoHas};
 use cirro_protocol::wire::{Header, Kind, Message, Mode};
-use cirro_seal::{Caller, Identity, Said, Secret, SessionKeys, new_private, os_entropy, seal_long};
+use cirro_seal::{Caller, Identity, Secret, SessionKeys, new_private, os_entropy, seal_long};
 
 const STEER: Steer = Steer(0x2800);
 
@@ -41,6 +41,13 @@ struct Person {
 
 fn identity() -> Arc<Identity> {
     Arc::new(Identity::new(new_private(&os_entropy()), os_entropy()))
+}
+
+/// What an answer to HELLO says.
+fn opened(person: &mut Person, answer: &[u8]) -> (HelloReply, Option<SessionKeys>) {
+    let answer = person.caller.open_answer(answer).unwrap().expect("no cookie");
+    let Body::HelloReply(reply) = answer.frame.body else { panic!("not an answer to HELLO") };
+    (reply, answer.keys.map(|keys| *keys))
 }
 
 impl Person {
@@ -151,10 +158,7 @@ impl Rig {
         let frame = self.sealed(person, Body::Hello(hello));
         let answers = self.ask(&frame);
         let [answer] = &answers[..] else { panic!("{} answers", answers.len()) };
-        match person.caller.open(answer).unwrap() {
-            Said::Frame(LongFrame { body: Body::HelloReply(reply), .. }, keys) => (reply, keys),
-            Said::Frame(..) | Said::Cookie => panic!("not an answer to HELLO"),
-        }
+        opened(person, answer)
     }
 
     /// The first frame of a session, which confirms it.
@@ -235,9 +239,7 @@ fn the_node_is_found_by_its_key_and_not_by_its_volumes() {
         let answered = rig.ask(&frame);
         assert_eq!(answered.len(), answers);
         for answer in answered {
-            let Said::Frame(LongFrame { body: Body::IHave(have), .. }, None) =
-                person.caller.open(&answer).unwrap()
-            else {
+            let Body::IHave(have) = person.caller.open_hint(&answer).unwrap().body else {
                 panic!("not IHAVE")
             };
             assert_eq!((have.volume, have.nonce), (None, 8));
@@ -258,11 +260,8 @@ fn a_repeated_hello_makes_no_second_session() {
     assert_eq!((first.len(), rig.sessions()), (1, 1));
     assert_eq!(rig.ask(&frame), first);
     assert_eq!((rig.ask(&old).len(), rig.sessions()), (1, 1), "an older one is refused");
-    let Said::Frame(LongFrame { body: Body::HelloReply(reply), .. }, Some(mut keys)) =
-        person.caller.open(&first[0]).unwrap()
-    else {
-        panic!("no session")
-    };
+    let (reply, keys) = opened(&mut person, &first[0]);
+    let mut keys = keys.expect("a session");
     assert_eq!(reply.status, Status::Ok, "the newer one's session is still there");
     let ping = rig.ping(&reply, &mut keys, 1);
     assert!(!rig.ask(&ping).is_empty());

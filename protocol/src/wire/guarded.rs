@@ -25,7 +25,11 @@ pub const FIRST_MARK_AT: usize = GUARDED_FRAME_BYTES - 2 * MARK_BYTES;
 /// Where the second mark begins.
 pub const SECOND_MARK_AT: usize = GUARDED_FRAME_BYTES - MARK_BYTES;
 
-/// A cookie, which only COOKIE frames carry; all other types are those of [`super::long::Body`].
+/// The types that are Noise messages, and the one that only this mode has; the others are those of [`super::long::Body`].
+pub const CODE_HELLO: u8 = 1;
+/// See [`CODE_HELLO`].
+pub const CODE_HELLO_REPLY: u8 = 2;
+/// See [`CODE_HELLO`].
 pub const CODE_COOKIE: u8 = 3;
 
 /// Such a frame but its marks.
@@ -80,6 +84,11 @@ impl<'a> Guarded<'a> {
         };
         let (guarded, reserved) = fields().ok_or(Reject::Truncated)?;
         if reserved != [0; 24] { Err(Reject::Padding) } else { Ok(guarded) }
+    }
+
+    /// True if it answers a HELLO: it names who asked by the cid. All others are questions and hints, for whoever they fit.
+    pub fn is_answer(&self) -> bool {
+        matches!(self.code, CODE_HELLO_REPLY | CODE_COOKIE)
     }
 
     /// Appends the frame up to its marks.

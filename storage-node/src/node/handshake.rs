@@ -18,7 +18,7 @@ use cirro_protocol::wire::guarded::is_guarded;
 use cirro_protocol::wire::long::{
     Body, Hello, HelloReply, IHave, LONG_FRAME_BYTES, LongFrame, Redirect, ResetHint, WhoHas,
 };
-use cirro_seal::{Admission, Answerer, Guard, Identity, Pending, SessionKeys, open_long, seal_long};
+use cirro_seal::{Admission, Answerer, Guard, Identity, Marked, Pending, SessionKeys, open_long, seal_long};
 use log::{debug, warn};
 use siphasher::sip::SipHasher13;
 
@@ -191,7 +191,7 @@ pub(super) fn take<S: Store>(node: &mut Node<S>, now: Instant, bytes: &[u8]) -> 
         Some(answerer) => {
             let marked = answerer.check(bytes).map_err(|_| DropReason::LongMalformed)?;
             if let Some(ephemeral) = marked.hello() {
-                return node.take_call(now, bytes, ephemeral);
+                return node.take_call(now, &marked, ephemeral);
             }
             marked.read_clear().map_err(|_| DropReason::LongMalformed)?
         }
@@ -222,7 +222,12 @@ pub(super) fn transmit<L: Link, S: Store>(link: &mut L, node: &mut Node<S>) {
 
 impl<S: Store> Node<S> {
     /// A HELLO with keys. One that came before gets the answer it got; then what it costs is bounded; then it is read.
-    fn take_call(&mut self, now: Instant, bytes: &[u8], ephemeral: [u8; 32]) -> Result<(), DropReason> {
+    fn take_call(
+        &mut self,
+        now: Instant,
+        marked: &Marked<'_>,
+        ephemeral: [u8; 32],
+    ) -> Result<(), DropReason> {
         let answered = self.sessions.iter().find_map(|(_, session)| {
             let (of, answer) = session.standing.answered.as_ref()?;
             (*of == ephemeral).then(|| (!session.target.is_confirmed()).then(|| answer.clone()))
@@ -233,8 +238,7 @@ impl<S: Store> Node<S> {
             return Ok(());
         }
         let answerer = self.handshake.answerer.as_mut().ok_or(DropReason::LongOtherMode)?;
-        let marked = answerer.check(bytes).map_err(|_| DropReason::LongMalformed)?;
-        match answerer.admit(now, &marked) {
+        match answerer.admit(now, marked) {
             Admission::Go => {}
             Admission::Cookie(frame) => {
                 self.handshake.push(frame);
@@ -242,7 +246,7 @@ impl<S: Store> Node<S> {
             }
             Admission::Drop => return Err(DropReason::LongLimit),
         }
-        let (frame, pending) = answerer.read_hello(&marked).map_err(|_| DropReason::LongMalformed)?;
+        let (frame, pending) = answerer.read_hello(marked).map_err(|_| DropReason::LongMalformed)?;
         let Body::Hello(hello) = frame.body else { return Err(DropReason::LongMalformed) };
         let client = Client::Key(pending.client);
         self.greet(now, Greeting { frame, hello, client, call: Some((ephemeral, pending)) })
