@@ -302,6 +302,14 @@ pub enum Error {
         /// What is wrong.
         reason: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A setting of the process in the file.
+    #[error("{name}: {reason}")]
+    Setting {
+        /// Which.
+        name: &'static str,
+        /// What is wrong.
+        reason: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A disk with no or two sockets.
     #[error("disk {disk} ({volume}): give either socket-path or fd")]
     OneSocket {
@@ -368,11 +376,8 @@ impl Config {
         in_range("poll-us", poll_us.into(), 0..=POLL_US_MAX.into(), "at most 1000000")?;
         check_keys(by_key, key.is_some(), &disks)?;
         let listed_mode = file.socket_mode.as_deref().map(parse_mode).transpose();
-        let listed_mode = listed_mode.map_err(|reason| Error::Value {
-            disk: 0,
-            name: "socket-mode",
-            reason: reason.into(),
-        })?;
+        let listed_mode =
+            listed_mode.map_err(|reason| Error::Setting { name: "socket-mode", reason: reason.into() })?;
         let state_dir =
             flags.state_dir.clone().or(file.state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
         Ok(Config {
@@ -399,7 +404,8 @@ struct Keys {
 
 impl Keys {
     fn new(file: &File) -> Result<Keys, Error> {
-        let of_file = parse_node_key(0, file.node_key.as_deref())?;
+        let of_file = parse_node_key(file.node_key.as_deref());
+        let of_file = of_file.map_err(|e| Error::Setting { name: "node-key", reason: e.into() })?;
         Ok(Keys { node_key: of_file, psk: file.psk.clone() })
     }
 }
@@ -409,9 +415,8 @@ fn parse_mode(text: &str) -> Result<u32, String> {
     mode.ok_or_else(|| format!("not a mode: {text:?}; give it in octal, as in 0660"))
 }
 
-fn parse_node_key(disk: usize, text: Option<&str>) -> Result<Option<PublicKey>, Error> {
-    let wrong = |reason: BadPublicKey| Error::Value { disk, name: "node-key", reason: reason.into() };
-    text.map(|text| text.parse().map_err(wrong)).transpose()
+fn parse_node_key(text: Option<&str>) -> Result<Option<PublicKey>, BadPublicKey> {
+    text.map(str::parse).transpose()
 }
 
 fn check_keys(by_key: bool, key: bool, disks: &[DiskEntry]) -> Result<(), Error> {
@@ -457,7 +462,7 @@ fn entry(flags: &Flags, keys: &Keys, number: usize, listed: FileDisk) -> Result<
         listed_node.map_err(|e: cirro_protocol::types::BadMacAddress| value("node")(e.into()))?;
     let on_trouble = listed.on_trouble.map(|policy| policy.parse()).transpose();
     let on_trouble = on_trouble.map_err(|e: BadOnTrouble| value("on-trouble")(e.into()))?;
-    let listed_key = parse_node_key(number, listed.node_key.as_deref())?;
+    let listed_key = parse_node_key(listed.node_key.as_deref()).map_err(|e| value("node-key")(e.into()))?;
     let node_key = flags.node_key.or(listed_key).or(keys.node_key);
     let psk = flags.psk.clone().or(listed.psk).or(keys.psk.clone());
     if node_key.is_none() && psk.is_some() {
@@ -671,9 +676,22 @@ mod tests {
             (&format!("--security none --node-key {one}"), "--node-key needs --security keys"),
             ("--security none --psk /p", "--node-key KEY"),
             ("--node-key 12", "not a public key"),
+            (&format!("--node-key {one} --socket-mode 0999"), "give it in octal"),
         ] {
             let error = parse(&format!("--socket-path /s --link l --volume v {more}"), None).unwrap_err();
             assert!(error.contains(said), "{more}: {error}");
         }
+        let listed = |setting: &str| {
+            let file = format!(
+                "link = \"l\"\nnode-key = \"{one}\"\n{setting}\n[[disk]]\nvolume = \"a\"\nsocket-path = \"/a\"\n"
+            );
+            parse("", Some(&file))
+        };
+        assert_eq!(listed("socket-mode = \"0660\"").unwrap().socket_mode, Some(0o660));
+        assert!(listed("socket-mode = \"rw\"").unwrap_err().starts_with("socket-mode: not a mode"));
+        let file = "link = \"l\"\nnode-key = \"12\"\n[[disk]]\nvolume = \"a\"\nsocket-path = \"/a\"\n";
+        assert!(parse("", Some(file)).unwrap_err().starts_with("node-key: not a public key"));
+        let file = "link = \"l\"\n[[disk]]\nvolume = \"a\"\nsocket-path = \"/a\"\nnode-key = \"12\"\n";
+        assert!(parse("", Some(file)).unwrap_err().starts_with("disk 1: node-key: not a public key"));
     }
 }

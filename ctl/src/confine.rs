@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::{chown, lchown};
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Gid, Uid};
@@ -25,11 +26,9 @@ use seccompiler::{
 const CAPABILITIES_MAX: u32 = 64;
 
 /// What a daemon must not do, whatever happens to it.
-const FORBIDDEN: [i64; 34] = [
+const FORBIDDEN: [i64; 32] = [
     libc::SYS_execve,
     libc::SYS_execveat,
-    libc::SYS_fork,
-    libc::SYS_vfork,
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -61,6 +60,12 @@ const FORBIDDEN: [i64; 34] = [
     libc::SYS_request_key,
     libc::SYS_personality,
 ];
+
+/// The same, which newer processors do not have: there `clone` does it.
+#[cfg(target_arch = "x86_64")]
+const FORBIDDEN_OLD: [i64; 2] = [libc::SYS_fork, libc::SYS_vfork];
+#[cfg(not(target_arch = "x86_64"))]
+const FORBIDDEN_OLD: [i64; 0] = [];
 
 /// A user as `/etc/passwd` knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -116,8 +121,8 @@ impl User {
         if user.uid == 0 { Err(ConfineError::Root(name.to_owned())) } else { Ok(user) }
     }
 
-    /// Gives the user a folder and the files that lie right in it, so that it can go on using what root has made. Links are not followed,
-    /// nor are folders in it: one that was named by mistake is not lost as a whole.
+    /// Gives the user a folder and the files that lie right in it, so that it can go on using what root has made. Links in it are not followed,
+    /// nor are folders: one that was named by mistake is not lost as a whole.
     ///
     /// # Errors
     /// [`ConfineError::HandOver`].
@@ -126,15 +131,12 @@ impl User {
             let (path, user) = (path.to_owned(), self.name.clone());
             move |error| ConfineError::HandOver { path, user, error }
         };
-        std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid)).map_err(failed(path))?;
-        if !fs::symlink_metadata(path).map_err(failed(path))?.is_dir() {
-            return Ok(());
-        }
+        chown(path, Some(self.uid), Some(self.gid)).map_err(failed(path))?;
         for entry in fs::read_dir(path).map_err(failed(path))? {
             let entry = entry.map_err(failed(path))?;
             if entry.file_type().is_ok_and(|kind| kind.is_file()) {
                 let path = entry.path();
-                std::os::unix::fs::lchown(&path, Some(self.uid), Some(self.gid)).map_err(failed(&path))?;
+                lchown(&path, Some(self.uid), Some(self.gid)).map_err(failed(&path))?;
             }
         }
         Ok(())
@@ -201,7 +203,7 @@ fn filters() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let process = SeccompCmpOp::MaskedEq(libc::CLONE_THREAD as u64);
     let process = SeccompCondition::new(0, SeccompCmpArgLen::Qword, process, 0)?;
     let mut forbidden: BTreeMap<i64, Vec<SeccompRule>> =
-        FORBIDDEN.iter().map(|call| (*call, Vec::new())).collect();
+        FORBIDDEN.iter().chain(&FORBIDDEN_OLD).map(|call| (*call, Vec::new())).collect();
     forbidden.insert(libc::SYS_clone, vec![SeccompRule::new(vec![process])?]);
     let unknown = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let filter = |calls, errno: i32| {

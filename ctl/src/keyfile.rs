@@ -82,7 +82,11 @@ pub fn make(path: &Path) -> Result<Secret, KeyFileError> {
     let file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh);
     let written = file.and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()));
     // A link, not a rename: whoever comes second finds the first one's whole key.
-    let linked = written.and_then(|()| fs::hard_link(&fresh, path));
+    let linked = written.and_then(|()| fs::hard_link(&fresh, path)).and_then(|()| {
+        // A key that is gone after a power cut is a stranger to everybody who knows it.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::File::open(folder)?.sync_all()
+    });
     // What is left is half a key, or another name of the whole one.
     let _ = fs::remove_file(&fresh);
     linked.map_err(|error| KeyFileError::Io { path: path.to_owned(), what: "cannot make it", error })?;

@@ -223,6 +223,7 @@ fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state_dir::GRANTS_MAX;
 
     fn client(digit: char) -> Client {
         digit.to_string().repeat(64).parse().unwrap()
@@ -286,5 +287,47 @@ mod tests {
         std::fs::write(folder.path().join("grants"), "torn").unwrap();
         let error = AccessList::new(false, &[given], HashMap::new(), &open()).err().unwrap().to_string();
         assert!(error.contains("grants is damaged"), "{error}");
+    }
+
+    /// A full disk, or anything else that keeps the list from being written: the right is as it was, before and after a restart.
+    #[test]
+    fn a_right_that_cannot_be_kept_is_not_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let a = "a".parse().unwrap();
+        let open = || Arc::new(StateDir::open(folder.path(), |bytes| bytes.fill(7)).unwrap());
+        let access = AccessList::new(false, &[], HashMap::new(), &open()).unwrap();
+        access.set(a, client('1'), Right::ReadWrite).unwrap();
+        std::fs::create_dir(folder.path().join("grants~")).unwrap();
+        let error = access.set(a, client('1'), Right::None).unwrap_err().to_string();
+        assert!(error.contains("grants~"), "{error}");
+        access.set(a, client('2'), Right::ReadOnly).unwrap_err();
+        assert_eq!(
+            (access.right(&a, &client('1')), access.right(&a, &client('2'))),
+            (Some(Right::ReadWrite), None)
+        );
+        drop(access);
+        let access = AccessList::new(false, &[], HashMap::new(), &open()).unwrap();
+        assert_eq!(
+            (access.right(&a, &client('1')), access.right(&a, &client('2'))),
+            (Some(Right::ReadWrite), None)
+        );
+    }
+
+    /// As many as are kept can be read again, with the longest names; one more is refused.
+    #[test]
+    fn the_list_of_grants_is_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(folder.path(), |bytes| bytes.fill(7)).unwrap();
+        let grant = |number: usize| Grant {
+            volume: format!("{}{number:05}", "v".repeat(59)).parse().unwrap(),
+            client: client('f'),
+            right: Right::None,
+        };
+        let mut grants: Vec<Grant> = (0..GRANTS_MAX).map(grant).collect();
+        state.write_grants(&grants).unwrap();
+        assert_eq!(state.read_grants().unwrap(), grants);
+        grants.push(grant(GRANTS_MAX));
+        assert!(state.write_grants(&grants).unwrap_err().to_string().contains("one more"));
+        assert_eq!(state.read_grants().unwrap().len(), GRANTS_MAX);
     }
 }

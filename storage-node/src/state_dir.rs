@@ -19,9 +19,12 @@ pub const SECRET_BYTES: usize = 16;
 const OWNER_MAGIC: &str = "cirro-owner-1";
 /// Largest record: magic, epoch, uuid, checksum and blanks are below 100 bytes.
 const RECORD_BYTES_MAX: u64 = 256;
-/// First line of the file of grants, and its largest size: a hundred thousand of them.
+/// First line of the file of grants.
 const GRANTS_MAGIC: &str = "cirro-grants-1";
-const GRANTS_BYTES_MAX: u64 = 16 << 20;
+/// Grants and revocations that are kept: each is written with all others.
+pub const GRANTS_MAX: usize = 10_000;
+/// Its largest size: a line has a name, a key, a right and blanks, at most 135 bytes.
+const GRANTS_BYTES_MAX: u64 = 64 + 135 * GRANTS_MAX as u64;
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,12 @@ pub enum StateError {
     #[error("state directory {} is in use by another cirro-node; give each its own with --state-dir", .path.display())]
     InUse {
         /// The folder.
+        path: PathBuf,
+    },
+    /// More grants than are kept.
+    #[error("{GRANTS_MAX} grants and revocations are kept, and this would be one more: state the lasting ones in the configuration, stop the node, and remove {}", .path.display())]
+    TooMany {
+        /// The file of grants.
         path: PathBuf,
     },
     /// A file does not hold what it should.
@@ -131,12 +140,16 @@ impl StateDir {
     /// Makes the list durable, as [`StateDir::write_owner`] does.
     ///
     /// # Errors
-    /// [`StateError::Io`].
+    /// [`StateError::Io`], [`StateError::TooMany`].
     pub fn write_grants(&self, grants: &[Grant]) -> Result<(), StateError> {
+        let path = self.path.join("grants");
+        if grants.len() > GRANTS_MAX {
+            return Err(StateError::TooMany { path });
+        }
         let lines = grants.iter().map(|g| format!("{} {} {}\n", g.volume, g.client, g.right.name()));
         let body = std::iter::once(format!("{GRANTS_MAGIC}\n")).chain(lines).collect::<String>();
         let crc = cirro_seal::crc32c(body.as_bytes());
-        write_durably(&self.path.join("grants"), &format!("{body}{crc:08x}\n"))
+        write_durably(&path, &format!("{body}{crc:08x}\n"))
     }
 
     fn owner_path(&self, volume: &VolumeName) -> PathBuf {

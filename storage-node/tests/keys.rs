@@ -2,6 +2,9 @@
 //!
 //! Knows handshakes and the first frame of a session; what sessions do then is in `node.rs`, and by the simulator.
 
+#[path = "segment/hello.rs"]
+mod hello;
+
 use std::fs::File;
 use std::sync::Arc;
 
@@ -20,8 +23,10 @@ use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::long::{Body, Hello, HelloReply, LongFrame, WhoHas};
 use cirro_protocol::wire::{Header, Kind, Message, Mode};
 use cirro_seal::{Caller, Identity, Secret, SessionKeys, new_private, os_entropy, seal_long};
+use hello::hello;
 
-const STEER: Steer = Steer(0x2800);
+/// Where a backend wants its answer.
+const STEER: Steer = Steer::new(1, 0);
 
 /// The wire, with the node on it.
 struct Rig {
@@ -58,21 +63,6 @@ impl Person {
 
     fn client(&self) -> Client {
         Client::Key(self.identity.public())
-    }
-}
-
-fn hello(volume: &str, session_epoch: u64, nonce: u64) -> Hello {
-    Hello {
-        volume: volume.parse().unwrap(),
-        node: Uuid([0x11; 16]),
-        attachment: Uuid([9; 16]),
-        session_epoch,
-        nonce,
-        cid: Cid(7),
-        steer: STEER,
-        mtu: 9000,
-        slots: 256,
-        piece_bytes_max: u32::MAX,
     }
 }
 
@@ -142,7 +132,7 @@ impl Rig {
     fn sealed(&mut self, person: &mut Person, body: Body) -> Vec<u8> {
         let mut head = Vec::new();
         LongFrame::new(self.link.address(), self.node_address(), Steer(0), body).emit(&mut head);
-        person.caller.seal(&mut head, (Cid(7), STEER));
+        person.caller.seal(&mut head, (Cid::new(7, 1), STEER));
         head
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Knows the backend's end of the protocol; its guests are vectors of bytes. Included by the tests beside it.
 
+mod hello;
 pub(crate) mod stranger;
 
 use std::cell::RefCell;

@@ -4,7 +4,7 @@
 
 use cirro_protocol::op::Op;
 use cirro_protocol::time::Nanos;
-use cirro_protocol::types::{CONTROL_SLOT, Cid, MacAddress, Slot, Steer, Uuid};
+use cirro_protocol::types::{CONTROL_SLOT, MacAddress, Slot, Steer, Uuid};
 use cirro_protocol::wire::body::{Access, OpenRequest};
 use cirro_protocol::wire::ethernet::Ethernet;
 use cirro_protocol::wire::header::Header;
@@ -13,6 +13,7 @@ use cirro_protocol::wire::message::{Kind, Message, RequestBody};
 use cirro_seal::{Nonces, append_payload_crcs, seal_crc, seal_long};
 
 use super::Segment;
+pub(crate) use super::hello::hello;
 
 pub(crate) fn long_to_node(segment: &mut Segment, body: Body) {
     let (to, from) = (segment.node_address(), MacAddress([2, 0, 0, 0, 9, 9]));
@@ -20,21 +21,6 @@ pub(crate) fn long_to_node(segment: &mut Segment, body: Body) {
     LongFrame::new(from, to, Steer::new(2, 0), body).emit(&mut head);
     seal_long(&mut head);
     segment.send_raw(&head);
-}
-
-pub(crate) fn hello(volume: &str, session_epoch: u64, nonce: u64) -> Hello {
-    Hello {
-        volume: volume.parse().unwrap(),
-        node: Uuid([0x11; 16]),
-        attachment: Uuid([9; 16]),
-        session_epoch,
-        nonce,
-        cid: Cid::new(7, 1),
-        steer: Steer::new(1, 0),
-        mtu: 9000,
-        slots: 16,
-        piece_bytes_max: u32::MAX,
-    }
 }
 
 /// A backend that keeps to no rule: what it sends is made by hand.

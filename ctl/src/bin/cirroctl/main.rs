@@ -40,7 +40,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let asks_one = !matches!(request, Request::Status {} | Request::Stats {});
     let sockets = match &cli.ctl_socket {
         Some(path) => vec![path.clone()],
-        None => sockets_here(&SOCKETS_DEFAULT.map(PathBuf::from), asks_one)?,
+        None => sockets_here(defaults_for(&request), asks_one)?,
     };
     let mut failed = None;
     for (index, path) in sockets.iter().enumerate() {
@@ -105,14 +105,28 @@ fn request(command: &Command) -> anyhow::Result<Option<Request>> {
     }))
 }
 
+/// The default sockets of the daemons that a request is for: who may use a volume is known to the node alone.
+fn defaults_for(request: &Request) -> &'static [&'static str] {
+    match request {
+        Request::VolumeGrant(_) | Request::VolumeRevoke(_) | Request::VolumeGrants { .. } => {
+            &SOCKETS_DEFAULT[..1]
+        }
+        Request::Status {} | Request::Stats {} | Request::LinkTapPush(_) | Request::LinkTapPop {} => {
+            &SOCKETS_DEFAULT
+        }
+    }
+}
+
 /// The default sockets that exist; exactly one when the command steers.
-fn sockets_here(defaults: &[PathBuf], asks_one: bool) -> anyhow::Result<Vec<PathBuf>> {
-    let here: Vec<PathBuf> = defaults.iter().filter(|path| path.exists()).cloned().collect();
-    let names: Vec<String> = defaults.iter().map(|path| path.display().to_string()).collect();
-    let names = names.join(" nor ");
+fn sockets_here(defaults: &[&str], asks_one: bool) -> anyhow::Result<Vec<PathBuf>> {
+    let here: Vec<PathBuf> = defaults.iter().map(PathBuf::from).filter(|path| path.exists()).collect();
+    let (names, programs) = match defaults {
+        [node] => (format!("{node} does not exist"), "cirro-node"),
+        _ => (format!("neither {} exists", defaults.join(" nor ")), "cirro-node or cirro-backend"),
+    };
     anyhow::ensure!(
         !here.is_empty(),
-        "no daemon found: neither {names} exists; start cirro-node or cirro-backend, or name a socket with --ctl-socket"
+        "no daemon found: {names}; start {programs}, or name a socket with --ctl-socket"
     );
     if asks_one && here.len() > 1 {
         return Err(Usage::new("a node and a backend run here: say which one with --ctl-socket").into());
