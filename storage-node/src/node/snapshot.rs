@@ -24,10 +24,10 @@ impl<S: Store> Node<S> {
     pub(super) fn fill(&self, snapshot: &mut Snapshot) {
         let Snapshot { volumes, sessions } = snapshot;
         volumes.clear();
-        for (index, served) in self.volumes.iter().enumerate() {
-            let users =
-                self.sessions.iter().filter(|(_, s)| usize::from(s.volume) == index && s.opened.is_some());
-            volumes.push(report_volume(served, self.config.steer.worker(), users.count() as u32));
+        let worker = self.config.steer.worker();
+        volumes.extend(self.volumes.iter().map(|served| report_volume(served, worker)));
+        for (_, session) in self.sessions.iter().filter(|(_, session)| session.opened.is_some()) {
+            volumes[usize::from(session.volume)].sessions += 1;
         }
         sessions.clear();
         sessions.extend(self.sessions.iter().map(|(_, session)| self.report_session(session)));
@@ -65,7 +65,8 @@ impl<S: Store> Node<S> {
     }
 }
 
-fn report_volume(served: &Served, worker: u16, sessions: u32) -> report::Volume {
+/// Without the number of its sessions.
+fn report_volume(served: &Served, worker: u16) -> report::Volume {
     let draining = served.openings.iter().any(|o| matches!(o.stage, Stage::Draining { .. }));
     let (name, why) = match served.flush_failed {
         Some(errno) => {
@@ -82,7 +83,6 @@ fn report_volume(served: &Served, worker: u16, sessions: u32) -> report::Volume 
     report::Volume {
         state: report::State { name, since_ns: served.since.0, why },
         owner,
-        sessions,
         counters: Some(report::Ops {
             read: meters.read.snapshot(),
             write: meters.write.snapshot(),
