@@ -1,7 +1,7 @@
 //! The node's end of handshakes with keys: who calls, and the sealed answer.
 //!
-//! Knows what a handshake costs (two multiplications on a curve, about 100 µs), and so checks what is cheap first and bounds the rest; who
-//! may have which volume is known to the node.
+//! Knows what a handshake costs (70 µs to read, 80 µs to answer: `examples/handshake_cost.rs`), and so checks what is cheap first and bounds
+//! the rest; who may have which volume is known to the node.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ use crate::session_keys::{Secret, SessionKeys};
 const WINDOW: Nanos = Nanos::from_millis(100);
 /// Handshakes of a window from senders who have shown nothing: with more, a cookie is asked for in the rest of it and in the next.
 const FREE_HANDSHAKES_MAX: u32 = 20;
-/// Handshakes of a window in all: 1000 a second take a tenth of a core.
+/// Handshakes of a window in all: 1000 a second take 7 % of a core, and 15 % if all are answered.
 const HANDSHAKES_MAX: u32 = 100;
 /// Handshakes of a window for one address, and addresses that have any in it.
 const HANDSHAKES_PER_SOURCE_MAX: u32 = 25;

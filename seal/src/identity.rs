@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use cirro_protocol::types::PublicKey;
 use snow::params::NoiseParams;
-use snow::resolvers::{CryptoResolver, DefaultResolver};
-use snow::types::{Cipher, Dh, Hash, Random};
 use snow::{Builder, HandshakeState};
 
+use crate::primitives::{KeyPair, Primitives};
 use crate::session_keys::{PHASE_BITS, Secret, SessionKeys, Witness};
 
 const PATTERN: &str = "Noise_IKpsk2_25519_AESGCM_SHA256";
@@ -84,17 +83,14 @@ impl Identity {
 
     fn builder(&self) -> Result<Builder<'_>, snow::Error> {
         let params: NoiseParams = PATTERN.parse()?;
-        let resolver = Box::new(Resolver { entropy: Arc::clone(&self.entropy) });
+        let resolver = Box::new(Primitives(Arc::clone(&self.entropy)));
         Builder::with_resolver(params, resolver).prologue(PROLOGUE)?.local_private_key(&self.private[..])
     }
 }
 
 /// The public key of a private one.
 pub fn public_of(private: &Secret) -> PublicKey {
-    let dh = DefaultResolver.resolve_dh(&snow::params::DHChoice::Curve25519);
-    let mut dh = dh.expect("X25519 is built in");
-    dh.set(&private[..]);
-    PublicKey(dh.pubkey().try_into().expect("X25519 has keys of 32 bytes"))
+    PublicKey(KeyPair::of(private.clone()).public())
 }
 
 /// A new private key.
@@ -102,35 +98,4 @@ pub fn new_private(entropy: &Entropy) -> Secret {
     let mut private = Secret::default();
     entropy(&mut private[..]);
     private
-}
-
-struct Resolver {
-    entropy: Entropy,
-}
-
-struct Numbers(Entropy);
-
-impl Random for Numbers {
-    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        (self.0)(dest);
-        Ok(())
-    }
-}
-
-impl CryptoResolver for Resolver {
-    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
-        Some(Box::new(Numbers(Arc::clone(&self.entropy))))
-    }
-
-    fn resolve_dh(&self, choice: &snow::params::DHChoice) -> Option<Box<dyn Dh>> {
-        DefaultResolver.resolve_dh(choice)
-    }
-
-    fn resolve_hash(&self, choice: &snow::params::HashChoice) -> Option<Box<dyn Hash>> {
-        DefaultResolver.resolve_hash(choice)
-    }
-
-    fn resolve_cipher(&self, choice: &snow::params::CipherChoice) -> Option<Box<dyn Cipher>> {
-        DefaultResolver.resolve_cipher(choice)
-    }
 }

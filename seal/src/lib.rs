@@ -14,6 +14,7 @@ mod crc;
 mod guard;
 mod identity;
 mod marks;
+mod primitives;
 mod session_keys;
 
 pub use answerer::{Admission, Answerer, Marked, Pending};

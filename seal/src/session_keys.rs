@@ -19,7 +19,7 @@ use crate::Mismatch;
 /// Frames under one key: 2 to the power of this. At 8 KiB a frame they are 2^32 blocks, far below what AES-GCM allows for one key.
 pub const PHASE_BITS: u32 = 23;
 /// Bytes of the tag.
-const TAG_BYTES: usize = Mode::Aead.tag_bytes();
+pub(crate) const TAG_BYTES: usize = Mode::Aead.tag_bytes();
 /// Where what is encrypted begins.
 const CIPHER_START: usize = ETHERNET_BYTES + CLEAR_BYTES;
 
