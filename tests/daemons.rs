@@ -15,6 +15,7 @@ use cirro_ctl::request::Request;
 use cirro_ctl::{client, keyfile};
 use cirro_protocol::types::PublicKey;
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
 
 use crate::netns::{ADDRESSES, INTERFACE, Machine, Namespace, PREFIX, left_over, output};
@@ -529,6 +530,16 @@ pub fn pinned(namespace: &Namespace, cpu: Option<u32>, program: impl AsRef<std::
             command
         }
     }
+}
+
+/// Keeps the calling thread on a processor, and the threads that it starts.
+///
+/// # Panics
+/// There is no such processor.
+pub fn run_on_processor(cpu: u32) {
+    let mut set = CpuSet::new();
+    set.set(cpu as usize);
+    sched_setaffinity(None, &set).expect("a thread can be kept on a processor");
 }
 
 /// Starts `qemu-storage-daemon` with a vhost-user-blk export `NAME.sock` of the block node that `blockdev` describes (its `node-name` must be `disk`),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::daemons::run_on_processor;
 use crate::netns::{INTERFACE, Machine};
 use crate::sys::PacketSocket;
 
@@ -97,15 +98,20 @@ pub struct Attack {
 }
 
 impl Attack {
-    /// Starts now.
+    /// Starts now, on one processor.
     ///
     /// # Panics
     /// The socket cannot be had.
-    pub fn start(machine: &Machine, mut each: impl FnMut(u64) -> Vec<u8> + Send + 'static) -> Attack {
+    pub fn start(
+        machine: &Machine,
+        cpu: u32,
+        mut each: impl FnMut(u64) -> Vec<u8> + Send + 'static,
+    ) -> Attack {
         let socket = socket(machine);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
+            run_on_processor(cpu);
             let (start, mut sent) = (Instant::now(), 0);
             while !stopped.load(Ordering::Relaxed) {
                 // What the kernel does not take is lost: an attacker does not mind.

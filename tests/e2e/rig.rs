@@ -102,3 +102,8 @@ pub(crate) fn judge(
 pub(crate) fn must(result: Result<Outcome, Failure>) -> Outcome {
     result.unwrap_or_else(|failure| panic!("{failure}"))
 }
+
+/// The one that a storage machine's daemon has to itself, where cost is measured: all others are on the first.
+pub(crate) fn last_processor() -> u32 {
+    std::thread::available_parallelism().map_or(1, usize::from) as u32 - 1
+}

@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use cirro_tests::daemons::{Daemon, Launch, Scratch};
+use cirro_tests::daemons::{Daemon, Launch, Scratch, run_on_processor};
 use cirro_tests::frontend::{Op, Shape};
 use cirro_tests::load::{Load, median};
 use cirro_tests::loss;
 use cirro_tests::netns::{Lab, Machine};
 use cirro_tests::verify::{Mix, Size, Verifier};
-use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::rig::{DISK_BYTES, connect, disk, judge, must, volume};
+use crate::rig::{DISK_BYTES, connect, disk, judge, last_processor, must, volume};
 
 const SMALL_BYTES: u64 = 64 << 20;
 const SHAPE: Shape = Shape { queues: 1, depth: 8, bytes_max: 128 << 10, poll: false };
@@ -75,18 +74,6 @@ fn node_cost(node: &Daemon, scratch: &Scratch) -> f64 {
     must(front_end.run(&mut load, Duration::from_millis(700)));
     let (cpu, count) = (node.cpu_time() - cpu, frames() - count);
     cpu.as_nanos() as f64 / count as f64
-}
-
-/// The one that a storage machine's daemon has to itself, where cost is measured: all others are on the first.
-fn last_processor() -> u32 {
-    std::thread::available_parallelism().map_or(1, usize::from) as u32 - 1
-}
-
-/// Keeps this test's thread, which is the front-end, on a processor.
-fn run_on_processor(cpu: usize) {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    sched_setaffinity(None, &set).expect("a thread can be kept on a processor");
 }
 
 /// The share of one processor that a daemon takes while nobody uses its disks.
