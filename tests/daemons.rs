@@ -392,18 +392,34 @@ pub struct Launch<'a> {
     pub build: Option<&'a Path>,
     /// With keys: those of all nodes, and of all backends, of a [`Scratch`], unless `arguments` name others.
     pub keys: bool,
+    /// Without being root, with these capabilities only (setpriv(1)).
+    pub capabilities: Option<&'a str>,
 }
 
 impl<'a> Launch<'a> {
     /// With no more arguments.
     pub fn new(name: &'a str) -> Launch<'a> {
-        Launch { name, arguments: Vec::new(), cpu: None, build: None, keys: security_is_keys() }
+        Launch {
+            name,
+            arguments: Vec::new(),
+            cpu: None,
+            build: None,
+            keys: security_is_keys(),
+            capabilities: None,
+        }
     }
 
     /// Protected by keys, or not.
     #[must_use]
     pub fn with_keys(mut self, keys: bool) -> Launch<'a> {
         self.keys = keys;
+        self
+    }
+
+    /// Started by the user `nobody` instead of root, with `capabilities` only, as setpriv(1) writes them: `-all` is none.
+    #[must_use]
+    pub fn by_nobody_with(mut self, capabilities: &'a str) -> Launch<'a> {
+        self.capabilities = Some(capabilities);
         self
     }
 
@@ -428,12 +444,28 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// The program in a namespace, with what has to be said before it.
+    fn command(&self, namespace: &Namespace, program: &str) -> Command {
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(cpu) = self.cpu {
+            words.extend(["taskset".into(), "--cpu-list".into(), cpu.to_string().into()]);
+        }
+        if let Some(capabilities) = self.capabilities {
+            let nobody = ["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"];
+            words.push("setpriv".into());
+            words.extend(nobody.map(OsString::from));
+            for set in ["--inh-caps", "--ambient-caps", "--bounding-set"] {
+                words.extend([set.into(), capabilities.into()]);
+            }
+        }
+        words.push(self.build.unwrap_or_else(|| binaries()).join(program).into());
+        let mut command = namespace.command(&words[0]);
+        command.args(&words[1..]);
+        command
+    }
+
     fn start(self, program: &str, machine: &Machine, scratch: &Scratch) -> Daemon {
-        let mut command = pinned(
-            machine.namespace(),
-            self.cpu,
-            self.build.unwrap_or_else(|| binaries()).join(program).as_os_str(),
-        );
+        let mut command = self.command(machine.namespace(), program);
         command.args(["--link", INTERFACE, "--security", if self.keys { "keys" } else { "none" }]);
         let names_keys = self.arguments.iter().any(|argument| argument == "--key");
         if self.keys && !names_keys {
@@ -482,8 +514,13 @@ impl<'a> Launch<'a> {
     /// The same, but waits only until it answers: its node may never let it in.
     pub fn backend_alone(self, machine: &Machine, scratch: &Scratch, volume: &str) -> Daemon {
         let socket = scratch.path(&format!("{}.sock", self.name));
-        let launch = self.with(&["--volume", volume, "--socket-path", &socket.to_string_lossy()]);
-        let mut daemon = launch.start("cirro-backend", machine, scratch);
+        let told = ["--volume", volume, "--socket-path", &socket.to_string_lossy()];
+        self.with(&told).backend_as_told(machine, scratch)
+    }
+
+    /// The same, with the arguments that it was given and no more.
+    pub fn backend_as_told(self, machine: &Machine, scratch: &Scratch) -> Daemon {
+        let mut daemon = self.start("cirro-backend", machine, scratch);
         daemon
             .wait_until("answered as a backend", |daemon| matches!(daemon.report(), Ok(Report::Backend(_))));
         daemon
@@ -517,18 +554,6 @@ pub fn knows_its_volumes(daemon: &Daemon) -> bool {
             !report.disks.is_empty() && report.disks.iter().all(|disk| disk.size_bytes > 0)
         }
         _ => false,
-    }
-}
-
-/// A command in a namespace, on one processor if `cpu` says so.
-pub fn pinned(namespace: &Namespace, cpu: Option<u32>, program: impl AsRef<std::ffi::OsStr>) -> Command {
-    match cpu {
-        None => namespace.command(program),
-        Some(cpu) => {
-            let mut command = namespace.command("taskset");
-            command.args(["--cpu-list", &cpu.to_string()]).arg(program);
-            command
-        }
     }
 }
 

@@ -9,7 +9,6 @@ pub mod config_space;
 pub mod device;
 pub mod disk;
 pub mod guest_memory;
-pub mod inherited;
 pub mod mailbox;
 pub mod mapped;
 pub mod memory_guard;

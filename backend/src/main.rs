@@ -62,7 +62,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .map(|disk| State::open(&config.state_dir, disk.volume, random::uuid()).map(Arc::new))
         .collect::<Result<Vec<_>, _>>()?;
     let remains = open_remains(&config, &states)?;
-    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
+    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT)
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let identity = open_identity(&config)?;
     let user = config.user.as_deref().map(User::named).transpose()?;
@@ -71,7 +71,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.run_dir)?;
         config.ctl_socket.iter().try_for_each(|path| user.take_folder_of(path))?;
     }
-    confine(user.as_ref(), config.link.mode == any::Mode::Packet)?;
+    confine(user.as_ref(), config.link.reopens_packet_sockets())?;
 
     let kept = states.into_iter().zip(remains).collect();
     let crew = Crew::new(&config, identity.as_ref(), kept, (process, links), &stop)?;
@@ -202,8 +202,8 @@ impl Crew {
         crew.view.taps = Taps::new(crew.workers.iter().map(|(mailbox, _)| way_to(mailbox)).collect());
         for (number, (entry, kept)) in config.disks.iter().zip(kept).enumerate() {
             let place = Place {
-                worker: number as u16 % config.workers,
-                cid_index: number as u16 / config.workers,
+                worker: number as u16 % config.link.workers,
+                cid_index: number as u16 / config.link.workers,
                 process,
                 poll_us: config.poll_us,
             };

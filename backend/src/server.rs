@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use cirro_ctl::confine::User;
 use cirro_ctl::stop::Stop;
+use cirro_link::inherited;
 use cirro_link::spin::Spin;
 use cirro_link::tap::Tap;
 use cirro_link::wait::Waiter;
@@ -31,7 +32,6 @@ use crate::config_space::Identity;
 use crate::device::Device;
 use crate::disk::KickChange;
 use crate::guest_memory::Regions;
-use crate::inherited;
 use crate::mailbox::{Answer, Change, DiskId, Mailbox};
 use crate::ring::born_for;
 use crate::state::State;
@@ -427,15 +427,16 @@ mod tests {
     fn a_descriptor_must_be_a_socket_that_listens() {
         use std::os::fd::{AsRawFd, IntoRawFd};
         let path = path("fd");
-        let listener = UnixListener::bind(&path).unwrap();
+        let listening = UnixListener::bind(&path).unwrap();
         let (stream, _other) = UnixStream::pair().unwrap();
         let file = File::open("/dev/null").unwrap();
-        assert!(inherited::listener(file.as_raw_fd()).unwrap_err().to_string().contains("no socket"));
-        assert!(
-            inherited::listener(stream.into_raw_fd()).unwrap_err().to_string().contains("connected already")
-        );
-        assert!(inherited::listener(1 << 20).unwrap_err().to_string().contains("not open"));
-        let taken = inherited::listener(listener.into_raw_fd()).unwrap();
+        let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let refused = |fd| inherited::listener(fd).unwrap_err().to_string();
+        assert!(refused(file.as_raw_fd()).contains("no socket"));
+        assert!(refused(stream.into_raw_fd()).contains("does not listen"));
+        assert!(refused(network.into_raw_fd()).contains("no unix socket"));
+        assert!(refused(1 << 20).contains("not open"));
+        let taken = inherited::listener(listening.into_raw_fd()).unwrap();
         let _client = UnixStream::connect(&path).unwrap();
         assert!(taken.accept().is_ok());
         std::fs::remove_file(&path).unwrap();

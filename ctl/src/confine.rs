@@ -4,8 +4,8 @@
 //! started: what a thread may do is inherited by those that it starts.
 //!
 //! Always: no new privileges by running programs, and a filter (seccomp) that answers EPERM to what neither daemon ever does: running programs,
-//! making processes, tracing others, mounting, loading code into the kernel. With `--user` also: that user's identity, and no capability but
-//! the one that a packet socket needs when it has to be opened again.
+//! making processes, tracing others, mounting, loading code into the kernel. With `--user` also: that user's identity. An ordinary
+//! user keeps no capability, or only the one that packet sockets need, where those have to be opened again.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,9 +13,9 @@ use std::io;
 use std::os::unix::fs::{chown, lchown};
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Uid, geteuid};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
+    CapabilitySet, CapabilitySets, capabilities, remove_capability_from_bounding_set, set_capabilities,
     set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 use seccompiler::{
@@ -174,8 +174,8 @@ fn parse_user(passwd: &str, name: &str) -> Option<User> {
 /// [`ConfineError`]: the daemon is to end, for it would run with more than was asked for.
 pub fn confine(user: Option<&User>, keeps_packet_sockets: bool) -> Result<(), ConfineError> {
     let kernel = |what| move |error: rustix::io::Errno| ConfineError::Kernel { what, error: error.into() };
+    let kept = if keeps_packet_sockets { CapabilitySet::NET_RAW } else { CapabilitySet::empty() };
     if let Some(user) = user {
-        let kept = if keeps_packet_sockets { CapabilitySet::NET_RAW } else { CapabilitySet::empty() };
         for bit in 0..CAPABILITIES_MAX {
             let capability = CapabilitySet::from_bits_retain(1 << bit);
             if !kept.contains(capability) && remove_capability_from_bounding_set(capability).is_err() {
@@ -187,6 +187,10 @@ pub fn confine(user: Option<&User>, keeps_packet_sockets: bool) -> Result<(), Co
         set_thread_groups(&[]).map_err(kernel("leave root's groups"))?;
         set_thread_res_gid(gid, gid, gid).map_err(kernel("take the user's group"))?;
         set_thread_res_uid(uid, uid, uid).map_err(kernel("become the user"))?;
+    }
+    // Root without `--user` stays root. An ordinary user may have been started with capabilities (systemd's AmbientCapabilities).
+    if !geteuid().is_root() {
+        let kept = kept & capabilities(None).map_err(kernel("look at capabilities"))?.permitted;
         let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
         set_capabilities(None, sets).map_err(kernel("drop capabilities"))?;
     }

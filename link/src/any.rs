@@ -3,13 +3,14 @@
 //! Knows the kinds by name and hands every call on; a branch a call is its whole cost. Used by both daemons' `main`.
 
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;
 
+use crate::inherited;
 use crate::packet::{self, PacketLink};
 use crate::udp::{self, UdpLink};
 use crate::{Drops, FrameId, Link, OpenError, Received, TxFrame};
@@ -68,6 +69,10 @@ pub struct Settings {
     pub mode: Mode,
     /// With [`Mode::Udp`], the machines that get what is for all.
     pub udp_peers: Vec<Ipv4Addr>,
+    /// With [`Mode::Packet`] and one worker, a socket that was opened for us.
+    pub fd: Option<RawFd>,
+    /// Threads that share the link.
+    pub workers: u16,
 }
 
 /// Settings that do not go together.
@@ -79,6 +84,15 @@ pub enum BadSettings {
     /// Peers were given to a link that needs none.
     #[error("--udp-peer needs --link-mode udp: with packet sockets the whole segment is asked")]
     PeersUnused,
+    /// A descriptor was given to a link that opens its sockets without privileges.
+    #[error("--link-fd needs --link-mode packet: a UDP socket needs no privilege, and is opened here")]
+    FdUnused,
+    /// A descriptor that is one of the standard streams.
+    #[error("link-fd is {0}: it must be 3 or more: 0 to 2 are standard input, output and error")]
+    FdLow(RawFd),
+    /// A descriptor for several workers: their sockets are a fan-out group, which has to be made anew when the interface has been away.
+    #[error("--link-fd needs --workers 1: several workers open sockets of their own")]
+    FdShared,
 }
 
 impl Settings {
@@ -90,6 +104,8 @@ impl Settings {
         interface: String,
         mode: (Option<Mode>, Option<String>),
         (flagged, listed): (&[Ipv4Addr], Vec<Ipv4Addr>),
+        fd: Option<RawFd>,
+        workers: u16,
     ) -> Result<Settings, BadSettings> {
         let listed_mode = mode.1.map(|name| name.parse()).transpose()?;
         let mode = mode.0.or(listed_mode).unwrap_or_default();
@@ -97,27 +113,40 @@ impl Settings {
         if mode != Mode::Udp && !udp_peers.is_empty() {
             return Err(BadSettings::PeersUnused);
         }
-        Ok(Settings { interface, mode, udp_peers })
+        match fd {
+            Some(_) if mode != Mode::Packet => return Err(BadSettings::FdUnused),
+            Some(_) if workers != 1 => return Err(BadSettings::FdShared),
+            Some(fd @ ..=2) => return Err(BadSettings::FdLow(fd)),
+            Some(_) | None => {}
+        }
+        Ok(Settings { interface, mode, udp_peers, fd, workers })
+    }
+
+    /// True if packet sockets are opened anew when the interface has been away, for which CAP_NET_RAW is needed.
+    pub fn reopens_packet_sockets(&self) -> bool {
+        self.mode == Mode::Packet && self.workers > 1
     }
 }
 
-/// Opens the links of a process's `workers`. Returns the process number, which with a worker's index makes its
+/// Opens the links of a process's workers. Returns the process number, which with a worker's index makes its
 /// [`Steer`](cirro_protocol::types::Steer), and a link for each worker. The number is held while one of the links lives.
 ///
 /// # Errors
 /// [`OpenError`], in words for an operator.
 ///
 /// # Panics
-/// If `workers` is 0 or more than [`packet::WORKERS_MAX`].
-pub fn open(settings: &Settings, ethertype: u16, workers: u16) -> Result<(u16, Vec<AnyLink>), OpenError> {
-    let Settings { interface, mode, udp_peers } = settings;
+/// If there are no workers or more than [`packet::WORKERS_MAX`].
+pub fn open(settings: &Settings, ethertype: u16) -> Result<(u16, Vec<AnyLink>), OpenError> {
+    let Settings { interface, mode, udp_peers, fd, workers } = settings;
     match mode {
         Mode::Packet => {
-            let (process, links) = packet::open(interface, ethertype, workers)?;
+            let given = fd.map(inherited::packet_socket).transpose();
+            let failed = |cause| OpenError::kernel("the socket of --link-fd", interface, cause);
+            let (process, links) = packet::open_on(interface, ethertype, *workers, given.map_err(failed)?)?;
             Ok((process, links.into_iter().map(AnyLink::Packet).collect()))
         }
         Mode::Udp => {
-            let (process, links) = udp::open(interface, ethertype, workers, udp_peers)?;
+            let (process, links) = udp::open(interface, ethertype, *workers, udp_peers)?;
             Ok((process, links.into_iter().map(AnyLink::Udp).collect()))
         }
     }
@@ -208,12 +237,23 @@ mod tests {
     fn a_flag_wins_over_the_file_and_peers_need_udp() {
         let peer = Ipv4Addr::new(192, 0, 2, 1);
         let new = |flag, file: Option<&str>, peers: &[Ipv4Addr]| {
-            Settings::new("eth0".into(), (flag, file.map(str::to_owned)), (peers, Vec::new()))
+            Settings::new("eth0".into(), (flag, file.map(str::to_owned)), (peers, Vec::new()), None, 2)
         };
         assert_eq!(new(None, None, &[]).unwrap().mode, Mode::Packet);
         assert_eq!(new(None, Some("udp"), &[peer]).unwrap().udp_peers, [peer]);
         assert_eq!(new(Some(Mode::Packet), Some("udp"), &[]).unwrap().mode, Mode::Packet);
         assert!(new(None, Some("pigeon"), &[]).unwrap_err().to_string().starts_with("link-mode: no such"));
         assert!(new(None, None, &[peer]).unwrap_err().to_string().contains("--link-mode udp"));
+    }
+
+    #[test]
+    fn a_descriptor_is_for_one_worker_with_packet_sockets() {
+        let new =
+            |mode, fd, workers| Settings::new("eth0".into(), (Some(mode), None), (&[], vec![]), fd, workers);
+        let refused = |mode, fd, workers| new(mode, Some(fd), workers).unwrap_err().to_string();
+        assert_eq!(new(Mode::Packet, Some(3), 1).unwrap().fd, Some(3));
+        assert!(refused(Mode::Packet, 3, 2).contains("--workers 1"));
+        assert!(refused(Mode::Packet, 2, 1).contains("link-fd is 2: it must be 3 or more"));
+        assert!(refused(Mode::Udp, 3, 1).contains("--link-mode packet"));
     }
 }

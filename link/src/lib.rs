@@ -9,6 +9,7 @@ pub mod clock;
 mod drops;
 pub mod faults;
 mod frame;
+pub mod inherited;
 pub mod memory;
 mod mmap;
 mod open_error;

@@ -4,6 +4,7 @@
 //! a volume named on the command line hides one of the same name in the file.
 
 use std::net::Ipv4Addr;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -36,6 +37,9 @@ pub struct Flags {
     /// The network interface that leads to the backends.
     #[arg(long, value_name = "IF")]
     pub link: Option<String>,
+    /// Use this file descriptor, a packet socket that was opened for us, instead of opening one (which needs CAP_NET_RAW).
+    #[arg(long, value_name = "N")]
+    pub link_fd: Option<RawFd>,
     /// How frames are carried [default: packet].
     #[arg(long, value_name = "packet|udp")]
     pub link_mode: Option<Mode>,
@@ -80,7 +84,7 @@ pub struct Flags {
     /// Memory per worker for the data of reads, in MiB, used as needed [default: 128].
     #[arg(long, value_name = "N")]
     pub read_pool_mib: Option<u32>,
-    /// Become this user when everything is open, with no capability but CAP_NET_RAW (none with --link-mode udp). The state directory is given
+    /// Become this user when everything is open, without any capability (with several workers CAP_NET_RAW is kept). The state directory is given
     /// to it.
     #[arg(long, value_name = "NAME")]
     pub user: Option<String>,
@@ -129,6 +133,7 @@ impl FromStr for PskFile {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
     link: Option<String>,
+    link_fd: Option<RawFd>,
     link_mode: Option<String>,
     #[serde(default)]
     udp_peers: Vec<Ipv4Addr>,
@@ -180,8 +185,6 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Where cirroctl is served.
     pub ctl_socket: PathBuf,
-    /// Worker threads.
-    pub workers: u16,
     /// Who to become.
     pub user: Option<String>,
     /// Spinning in µs.
@@ -310,6 +313,8 @@ impl Config {
                 link.ok_or(ConfigError::NoLink)?,
                 (flags.link_mode, parsed.link_mode),
                 (&flags.udp_peers, parsed.udp_peers),
+                flags.link_fd.or(parsed.link_fd),
+                workers,
             )?,
             volumes,
             key: (security == Security::Keys).then(|| key.unwrap_or_else(|| state_dir.join("key"))),
@@ -317,7 +322,6 @@ impl Config {
             psks,
             state_dir,
             ctl_socket: flags.ctl_socket.clone().or(parsed.ctl_socket).unwrap_or(CTL_SOCKET_DEFAULT.into()),
-            workers,
             user: flags.user.clone().or(parsed.user),
             poll_us,
             write_pool_bytes: pool_bytes("write-pool-mib", write_mib, WRITE_POOL_BYTES_DEFAULT)?,
@@ -458,7 +462,7 @@ mod tests {
             "/tmp/c",
         ]);
         let config = Config::new(&flags, None).unwrap();
-        assert_eq!((config.link.interface.as_str(), config.workers, config.poll_us), ("eth1", 1, 20));
+        assert_eq!((config.link.interface.as_str(), config.link.workers, config.poll_us), ("eth1", 1, 20));
         assert_eq!((config.state_dir, config.ctl_socket), ("/tmp/s".into(), "/tmp/c".into()));
         let [a, b] = &config.volumes[..] else { panic!("two volumes") };
         assert_eq!((a.name.as_str(), a.path.as_path()), ("a", Path::new("/srv/a.img")));
@@ -476,7 +480,7 @@ mod tests {
                     read-only = true\n[[volume]]\nname = \"b\"\npath = \"/b,c\"\nio = \"direct\"\ndurability = \"write-through\"\n";
         let flags = flags(&["--link", "eth9", "--volume", "a=/of/flag"]);
         let config = Config::new(&flags, Some((Path::new("n.toml"), file))).unwrap();
-        assert_eq!((config.link.interface.as_str(), config.workers, config.poll_us), ("eth9", 3, 0));
+        assert_eq!((config.link.interface.as_str(), config.link.workers, config.poll_us), ("eth9", 3, 0));
         assert_eq!((config.write_pool_bytes, config.read_pool_bytes), (8 << 20, 128 << 20));
         let paths: Vec<_> = config.volumes.iter().map(|v| v.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["/of/flag", "/b,c"]);

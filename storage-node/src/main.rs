@@ -19,7 +19,7 @@ use cirro_ctl::request::{
 };
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::any::{self, AnyLink, Mode};
+use cirro_link::any::{self, AnyLink};
 use cirro_link::stack::stack;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps, Way};
@@ -57,7 +57,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let state = Arc::new(StateDir::open(&config.state_dir, random::fill)?);
     let owner_of = |volume: &Volume| Ok(state.read_owner(&volume.name)?.found_by(volume.is_volatile()));
     let owners = volumes.iter().map(owner_of).collect::<anyhow::Result<Vec<OwnerRecord>>>()?;
-    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT, config.workers)
+    let (process, links) = any::open(&config.link, ETHERTYPE_DEFAULT)
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let facts = link_facts(&config, &links, started);
     let security = open_security(&config, &state)?;
@@ -68,9 +68,9 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.state_dir.join("owners"))?;
         user.take_folder_of(&config.ctl_socket)?;
     }
-    confine(user.as_ref(), config.link.mode == Mode::Packet)?;
+    confine(user.as_ref(), config.link.reopens_packet_sockets())?;
 
-    let worker_of = |index: usize| (index % usize::from(config.workers)) as u16;
+    let worker_of = |index: usize| (index % usize::from(config.link.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));
     let directory = Arc::new(Directory::new(process, names));
     let common = Common {

@@ -11,6 +11,7 @@ mod matrix;
 mod ownership;
 mod path;
 mod power;
+mod privilege;
 mod rig;
 mod sessions;
 mod sharing;

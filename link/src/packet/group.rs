@@ -5,14 +5,14 @@
 //! seem to have lost the interface, and when somebody else has opened it again; never per frame.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{MTU_MAX, MTU_MIN, MacAddress, Steer};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use super::ring::Ring;
 use super::sys;
@@ -28,7 +28,7 @@ pub(super) const LOOK_EVERY: Nanos = Nanos::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) ring: Ring,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
     pub(super) facts: Facts,
 }
 
@@ -46,6 +46,9 @@ pub(super) struct Group {
     pub(super) interface: String,
     ethertype: u16,
     workers: u16,
+    /// The socket of a worker that is alone, for life: it can be bound again, for which no privilege is needed. A member of a fan-out group
+    /// cannot (packet(7), EINVAL), so several workers get new ones.
+    kept: Option<Arc<OwnedFd>>,
     /// Counts openings; a link whose own number is another one has a port waiting.
     generation: AtomicU32,
     /// Somebody has said that the interface is lost.
@@ -63,6 +66,14 @@ struct Opening {
     failures: u32,
 }
 
+/// A packet socket that receives nothing (protocol 0) before the filter is there and it is bound.
+fn new_socket(interface: &str) -> Result<Arc<OwnedFd>, OpenError> {
+    let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
+    let socket = Socket::new(Domain::PACKET, raw, None);
+    let failed = |cause| OpenError::kernel("packet socket (CAP_NET_RAW is needed)", interface, cause);
+    socket.map(OwnedFd::from).map(Arc::new).map_err(failed)
+}
+
 /// A process number, held by an abstract socket of the network namespace.
 #[derive(Debug)]
 struct Claim {
@@ -73,12 +84,23 @@ struct Claim {
 
 impl Group {
     /// A group with its ports open and waiting, and its process number.
-    pub(super) fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(Group, u16), OpenError> {
+    pub(super) fn open(
+        interface: &str,
+        ethertype: u16,
+        workers: u16,
+        given: Option<OwnedFd>,
+    ) -> Result<(Group, u16), OpenError> {
         let failed = |cause| OpenError::kernel("epoll", interface, cause);
+        let given = given.map(Arc::new);
+        let kept = match given {
+            None if workers == 1 => Some(new_socket(interface)?),
+            given => given,
+        };
         let group = Group {
             interface: interface.to_owned(),
             ethertype,
             workers,
+            kept,
             generation: AtomicU32::new(0),
             lost: AtomicBool::new(false),
             readable: (0..workers).map(|_| epoll_create()).collect::<Result<_, _>>().map_err(failed)?,
@@ -172,7 +194,7 @@ impl Group {
 
     /// Opens a port for every worker, in order, and leaves them waiting. A worker that sleeps is woken by the first frame on its new port.
     fn open_ports(&self, opening: &mut Opening) -> Result<u16, OpenError> {
-        let asked = self.new_socket()?;
+        let asked = self.socket()?;
         let index = kernel::interface_index(asked.as_fd(), &self.interface)
             .map_err(|cause| OpenError::NoInterface { interface: self.interface.clone(), cause })?;
         let process = self.claim_process(opening, index)?;
@@ -209,15 +231,13 @@ impl Group {
         Ok(process)
     }
 
-    /// A socket that receives nothing (protocol 0) before the filter is there and it is bound.
-    fn new_socket(&self) -> Result<Socket, OpenError> {
-        let raw = Type::from(libc::SOCK_RAW).nonblocking().cloexec();
-        Socket::new(Domain::PACKET, raw, None).map_err(self.failed("packet socket (CAP_NET_RAW is needed)"))
+    fn socket(&self) -> Result<Arc<OwnedFd>, OpenError> {
+        self.kept.as_ref().map_or_else(|| new_socket(&self.interface), |kept| Ok(Arc::clone(kept)))
     }
 
     /// Opens one port and joins it to `group`, which the first makes.
     fn open_port(&self, steer: Steer, group: &mut Option<u16>) -> Result<Port, OpenError> {
-        let socket = self.new_socket()?;
+        let socket = self.socket()?;
         let fd = socket.as_fd();
         let facts = self.look(fd).ok_or_else(|| OpenError::Down { interface: self.interface.clone() })?;
         if !(MTU_MIN..=MTU_MAX).contains(&facts.mtu) {
@@ -228,17 +248,19 @@ impl Group {
         let ring = Ring::new(fd, facts.mtu).map_err(self.failed("receive ring"))?;
         kernel::set_buffer(fd, Buffer::Send, send_buffer_bytes(facts.mtu))
             .map_err(self.failed("send buffer"))?;
+        // What a kept socket still has to say is of the interface as it was.
+        let _ = SockRef::from(&fd).take_error();
         sys::bind(fd, facts.index, self.ethertype).map_err(self.failed("bind"))?;
-        self.join(&socket, group)?;
-        Ok(Port { ring, facts, socket: OwnedFd::from(socket) })
+        self.join(fd, group)?;
+        Ok(Port { ring, facts, socket })
     }
 
     /// Joins the fan-out group: the first member has the kernel pick an unused number for it, and gives it its program.
-    fn join(&self, socket: &Socket, group: &mut Option<u16>) -> Result<(), OpenError> {
+    fn join(&self, fd: BorrowedFd<'_>, group: &mut Option<u16>) -> Result<(), OpenError> {
         if self.workers == 1 {
             return Ok(());
         }
-        let (fd, kind) = (socket.as_fd(), libc::PACKET_FANOUT_CBPF << 16);
+        let kind = libc::PACKET_FANOUT_CBPF << 16;
         let argument = match *group {
             Some(number) => u32::from(number) | kind,
             None => kind | (libc::PACKET_FANOUT_FLAG_UNIQUEID << 16),

@@ -8,7 +8,7 @@ mod group;
 mod ring;
 mod sys;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -33,16 +33,16 @@ pub const WORKERS_MAX: u16 = 256;
 /// The link of one worker.
 ///
 /// **An interface that goes away** (removed, renamed, or down) does not end the link: frames are refused meanwhile, and it is looked for 20
-/// times a second. The first worker to find it opens the sockets of the whole group, in order, for a member's place in the group is its
-/// number; the others take theirs at their next look, and one that sleeps is woken by the first frame on its new socket. Somebody must call
-/// [`Link::receive`] at [`Link::poll_timeout`] for all this.
+/// times a second. A worker that is alone binds its socket again. Of several, the first to find it opens the sockets of the whole group, in
+/// order, for a member's place in the group is its number; the others take theirs at their next look, and one that sleeps is woken by the
+/// first frame on its new socket. Somebody must call [`Link::receive`] at [`Link::poll_timeout`] for all this.
 ///
 /// **What may be different afterwards** ([`Link::take_changed`] says so once): the address and the MTU, which are looked at once a second
 /// also while all is well. Frames from a new address belong to no session that peers know, so sessions end with it and are made anew. The
 /// process number stays.
 ///
-/// A thread that calls [`Link::receive`] while the interface is lost is in the network namespace in which the group was opened, for the new
-/// sockets are of its namespace.
+/// A thread that calls [`Link::receive`] while the interface is lost is in the network namespace in which the group was opened, for new
+/// sockets are of its namespace, and may open packet sockets (CAP_NET_RAW). Both only if there are several workers.
 #[derive(Debug)]
 pub struct PacketLink {
     group: Arc<Group>,
@@ -69,8 +69,19 @@ pub struct PacketLink {
 /// # Panics
 /// If `workers` is 0 or more than [`WORKERS_MAX`].
 pub fn open(interface: &str, ethertype: u16, workers: u16) -> Result<(u16, Vec<PacketLink>), OpenError> {
+    open_on(interface, ethertype, workers, None)
+}
+
+/// The same on a packet socket that is there, for one worker: with it nothing needs CAP_NET_RAW. The interface is of the socket's network
+/// namespace.
+pub(crate) fn open_on(
+    interface: &str,
+    ethertype: u16,
+    workers: u16,
+    given: Option<OwnedFd>,
+) -> Result<(u16, Vec<PacketLink>), OpenError> {
     assert!((1..=WORKERS_MAX).contains(&workers), "{workers} workers");
-    let (group, process) = Group::open(interface, ethertype, workers)?;
+    let (group, process) = Group::open(interface, ethertype, workers, given)?;
     let group = Arc::new(group);
     let links = (0..workers).map(|worker| PacketLink::new(Arc::clone(&group), worker)).collect();
     Ok((process, links))

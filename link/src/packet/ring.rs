@@ -38,7 +38,7 @@ const TPACKET_V2: i32 = 1;
 
 /// struct tpacket_req.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct RingRequest {
     block_bytes: u32,
     blocks: u32,
@@ -100,9 +100,10 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Gives the socket a ring for frames of `mtu` and maps it.
+    /// Gives the socket a ring for frames of `mtu`, instead of the one that it may have, which is mapped nowhere any more, and maps it.
     pub(crate) fn new(fd: BorrowedFd<'_>, mtu: usize) -> io::Result<Ring> {
         let geometry = Geometry::for_mtu(mtu);
+        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_RX_RING, &RingRequest::default())?;
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_VERSION, &TPACKET_V2)?;
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_RESERVE, &RESERVE_BYTES)?;
         let request = RingRequest {
