@@ -281,7 +281,9 @@ fn the_gate_runs_every_test_there_is() {
     let manifest = std::fs::read_to_string(root().join("tests/Cargo.toml")).unwrap();
     let gate = std::fs::read_to_string(root().join("tests/run-suites.sh")).unwrap();
     let tests = manifest.split("[[test]]").skip(1).filter_map(|part| part.split('"').nth(1));
-    let forgotten = tests.filter(|name| !gate.contains(&format!("--test {name} ")));
+    // What lib, binaries and this pattern do not name needs machines of its own.
+    assert!(gate.contains(r#"--lib --bins --test "[!e]*""#));
+    let forgotten = tests.filter(|name| name.starts_with('e') && !gate.contains(&format!("--test {name} ")));
     none(
         &forgotten.map(|name| format!("tests/run-suites.sh does not run --test {name}")).collect::<Vec<_>>(),
     );
