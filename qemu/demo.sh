@@ -101,7 +101,11 @@ main() {
   rig_up
   say "two hosts ($NODE_NS, $BACKEND_NS), a wire with MTU $MTU and $LOSS_PERCENT % loss, a sparse raw file of $DISK_MIB MiB"
   start_daemons
-  say "cirro-node and cirro-backend run"
+  if [[ $SECURITY == keys ]]; then
+    say "cirro-node and cirro-backend run, with keys made for this run: frames are encrypted"
+  else
+    say "cirro-node and cirro-backend run, without keys"
+  fi
   run_disk_work
   stop_daemons
   check_loss
