@@ -1,6 +1,6 @@
 # Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-install lint sim mutants instructions fuzz soak crash-test bench doc
+.PHONY: help demo test test-all test-install lint sim mutants instructions fuzz soak crash-test bench doc
 
 MINUTES ?= 1
 FROM ?= 1
@@ -15,6 +15,9 @@ demo: ## Boot a real guest on a disk that lives across a raw Ethernet link, and 
 
 test: ## The gate: build, lint and every test, at most 25 minutes on 2 cores.
 	tests/run-suites.sh
+
+test-all: ## The gate and every test that takes longer (hours).
+	tests/run-suites.sh --all
 
 test-install: ## Install the Debian packages that the tests need.
 	tests/install.sh
