@@ -66,9 +66,8 @@ impl Identity {
             VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
         ];
-        let mut bits = always
-            .iter()
-            .fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |bits, bit| bits | 1 << bit);
+        let of_vhost_user = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        let mut bits = always.iter().fold(of_vhost_user.bits(), |bits, bit| bits | 1 << bit);
         if self.is_read_only() {
             bits |= 1 << VIRTIO_BLK_F_RO;
         } else {
@@ -187,12 +186,12 @@ mod tests {
     }
 
     /// Bit numbers from virtio 1.2: 1 SIZE_MAX, 2 SEG_MAX, 6 BLK_SIZE, 9 FLUSH, 10 TOPOLOGY, 11 CONFIG_WCE, 12 MQ, 28 INDIRECT, 29 EVENT_IDX,
-    /// 32 VERSION_1; vhost-user: 30 PROTOCOL_FEATURES.
+    /// 32 VERSION_1; vhost-user: 26 LOG_ALL, 30 PROTOCOL_FEATURES.
     #[test]
     fn the_features_promised_are_offered() {
         let features = identity(0, 512).features();
         let promised =
-            [1, 2, 6, 9, 10, 11, 12, 28, 29, 30, 32].iter().fold(0u64, |bits, bit| bits | 1 << bit);
+            [1, 2, 6, 9, 10, 11, 12, 26, 28, 29, 30, 32].iter().fold(0u64, |bits, bit| bits | 1 << bit);
         assert_eq!(features, promised);
     }
 

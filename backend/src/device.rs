@@ -7,14 +7,15 @@ use std::io;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config_space::{self, Identity, WRITEBACK_OFFSET};
+use crate::dirty_log::{self, DirtyLog};
+use crate::guest_memory::Regions;
 use crate::mailbox::{Change, DiskId, Mailbox};
 use crate::ring::{Ring, SharedMemory};
 
@@ -31,6 +32,8 @@ struct Inner {
     /// The rings, once the daemon has made them.
     rings: OnceLock<Vec<Ring>>,
     cache: Mutex<Cache>,
+    /// The guest's memory, to switch its log.
+    memory: Mutex<Regions>,
 }
 
 /// What decides whether a write must be stable before it is answered (virtio 1.2, section 5.2.6.2).
@@ -54,7 +57,16 @@ impl Device {
     /// The device of `disk` for one connection.
     pub fn new(disk: DiskId, mailbox: Mailbox, identity: Identity) -> Device {
         let cache = Mutex::new(Cache { writeback: true, features: 0 });
-        Device { inner: Arc::new(Inner { disk, mailbox, identity, rings: OnceLock::new(), cache }) }
+        Device {
+            inner: Arc::new(Inner {
+                disk,
+                mailbox,
+                identity,
+                rings: OnceLock::new(),
+                cache,
+                memory: Mutex::default(),
+            }),
+        }
     }
 
     /// Hands the device its rings, once.
@@ -65,7 +77,7 @@ impl Device {
     /// Stops every ring, all at the same time, and lets go of the guest's memory: after the front-end has gone.
     pub fn close(&self) {
         self.stop_rings();
-        self.ask(Change::Memory(crate::guest_memory::Regions::new()));
+        self.ask(Change::Memory(Regions::new()));
     }
 
     fn stop_rings(&self) {
@@ -84,6 +96,13 @@ impl Device {
         }
     }
 
+    /// The reply to SET_FEATURES goes out after the worker has had a turn, so that nothing is written unmarked after it.
+    fn switch_log(&self, on: bool) {
+        for region in self.inner.memory.lock().expect("no holder of this lock panics").iter() {
+            region.bitmap().switch(on);
+        }
+    }
+
     fn change_cache(&self, change: impl FnOnce(&mut Cache)) {
         let through = {
             let mut cache = self.inner.cache.lock().expect("no holder of this lock panics");
@@ -95,7 +114,7 @@ impl Device {
 }
 
 impl VhostUserBackend for Device {
-    type Bitmap = BitmapMmapRegion;
+    type Bitmap = DirtyLog;
     type Vring = Ring;
 
     fn num_queues(&self) -> usize {
@@ -111,6 +130,7 @@ impl VhostUserBackend for Device {
     }
 
     fn acked_features(&self, features: u64) {
+        self.switch_log(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         self.change_cache(|cache| cache.features = features);
     }
 
@@ -120,6 +140,7 @@ impl VhostUserBackend for Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {
@@ -127,6 +148,7 @@ impl VhostUserBackend for Device {
         for ring in self.inner.rings.get().into_iter().flatten() {
             ring.reset();
         }
+        self.switch_log(false);
         self.change_cache(|cache| *cache = Cache { writeback: true, features: 0 });
     }
 
@@ -157,7 +179,13 @@ impl VhostUserBackend for Device {
 
     /// The reply to SET_MEM_TABLE or REM_MEM_REG goes out only after a turn of the worker has seen the change.
     fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
-        self.ask(Change::Memory(memory.memory().deref().clone()));
+        let regions = memory.memory().deref().clone();
+        {
+            let mut known = self.inner.memory.lock().expect("no holder of this lock panics");
+            dirty_log::go_on(&known, &regions);
+            *known = regions.clone();
+        }
+        self.ask(Change::Memory(regions));
         Ok(())
     }
 

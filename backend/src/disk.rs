@@ -146,8 +146,7 @@ impl Disk {
             Change::Start { ring, queue, kick, call } => {
                 if self.rings[usize::from(ring)].is_some() {
                     // The front-end did not wait for the end of the last stop.
-                    let unfinished = self.give_up(now, ring);
-                    self.end_ring(ring, &unfinished);
+                    self.give_up_and_end(now, ring);
                 }
                 let (served, started) = ServedRing::start(&self.memory, queue, call, self.record.ring(ring));
                 self.log_start(ring, started);
@@ -587,10 +586,9 @@ impl Disk {
             let Some(served) = &self.rings[usize::from(ring)] else { continue };
             let Some(stopping) = &served.stopping else { continue };
             if served.live() == 0 {
-                self.end_ring(ring, &[]);
+                self.end_ring(ring, Vec::new());
             } else if now >= stopping.deadline {
-                let unfinished = self.give_up(now, ring);
-                self.end_ring(ring, &unfinished);
+                self.give_up_and_end(now, ring);
             } else {
                 continue;
             }
@@ -600,20 +598,47 @@ impl Disk {
     }
 
     /// Ends the session, so that nothing of it can touch the guest any more, and takes out the requests of `ring`; those of other rings start again.
-    fn give_up(&mut self, now: Instant, ring: u16) -> Vec<u16> {
+    fn give_up_and_end(&mut self, now: Instant, ring: u16) {
         self.initiator.abandon(now);
         self.pending.restart_all();
         self.stalled = true;
         let gone = self.pending.take_out(now, |admission, _| admission.ring == ring);
-        gone.iter().map(|finished| finished.admission.head).collect()
+        self.end_ring(ring, gone);
     }
 
-    fn end_ring(&mut self, ring: u16, unfinished: &[u16]) {
+    fn end_ring(&mut self, ring: u16, mut unfinished: Vec<Finished>) {
+        if self.memory.is_logged() {
+            self.fail_unfinished(ring, std::mem::take(&mut unfinished));
+        }
         let served = self.rings[usize::from(ring)].take().expect("a ring that stops is served");
-        let (next_avail, in_flight, stopping) = served.end(unfinished);
+        let heads: Vec<u16> = unfinished.iter().map(|finished| finished.admission.head).collect();
+        let (next_avail, in_flight, stopping) = served.end(&heads);
         self.choose_access();
         if let Some(stopping) = stopping {
             stopping.reply.give(Answer::Stopped { next_avail, unfinished: in_flight });
+        }
+    }
+
+    /// The guest goes on elsewhere, where nobody knows what is in flight here, so nobody could issue it again: the guest is told that it failed.
+    fn fail_unfinished(&mut self, ring: u16, unfinished: Vec<Finished>) {
+        let mut failed = unfinished.len();
+        for finished in unfinished {
+            self.complete(&Finished::refused(finished.admission));
+        }
+        while let Some((table, head)) =
+            self.rings[usize::from(ring)].as_mut().and_then(ServedRing::take_again)
+        {
+            failed += 1;
+            // Of a chain that makes no sense only the status' place is of use, if there is one.
+            let _ = self.chain.parse(&self.memory, table, head, &self.limits);
+            self.answer(ring, head, self.chain.status_at, VIRTIO_BLK_S_IOERR as u8, 1);
+        }
+        if failed > 0 {
+            log::error!(
+                "volume {}: ring {ring} stopped with {failed} requests unfinished while its guest moves elsewhere, where nobody can issue \
+                 them again: they failed",
+                self.volume
+            );
         }
     }
 

@@ -9,17 +9,17 @@ use std::sync::Arc;
 
 use cirro_link::Run;
 use cirro_protocol::types::BLOCK_BYTES;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
     ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
     VolatileSlice,
 };
 
+use crate::dirty_log::DirtyLog;
 use crate::memory_guard::Guard;
 
 /// Guest memory as the front-end described it; cheap to clone, and a clone keeps the mappings alive.
-pub type Regions = GuestMemoryMmap<BitmapMmapRegion>;
+pub type Regions = GuestMemoryMmap<DirtyLog>;
 
 /// A run of guest-physical memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,6 +65,11 @@ impl GuestMemory {
     /// Pages that the front-end took away while they were wanted: its memory file became shorter.
     pub fn pages_replaced(&self) -> u64 {
         self.guard.pages_replaced()
+    }
+
+    /// True while the front-end keeps a log of what is written: it moves the guest elsewhere.
+    pub fn is_logged(&self) -> bool {
+        self.regions.iter().any(|region| region.bitmap().is_on())
     }
 
     /// True if every byte of the run is backed by a region.
@@ -175,7 +180,7 @@ impl GuestMemory {
         &self,
         address: u64,
         len: u32,
-    ) -> Result<impl Iterator<Item = Result<VolatileSlice<'_, BitmapMmapRegion>, Outside>>, Outside> {
+    ) -> Result<impl Iterator<Item = Result<VolatileSlice<'_, DirtyLog>, Outside>>, Outside> {
         let outside = Outside { address, len };
         let end = address.checked_add(u64::from(len)).ok_or(outside)?;
         let mut at = address;
@@ -189,7 +194,7 @@ impl GuestMemory {
         }))
     }
 
-    fn piece(&self, address: u64, len_max: u64) -> Option<VolatileSlice<'_, BitmapMmapRegion>> {
+    fn piece(&self, address: u64, len_max: u64) -> Option<VolatileSlice<'_, DirtyLog>> {
         let region = self.regions.find_region(GuestAddress(address))?;
         let within = address - region.start_addr().0;
         let len = len_max.min(region.len() - within);

@@ -7,6 +7,7 @@ pub mod attach;
 pub mod config;
 pub mod config_space;
 pub mod device;
+pub mod dirty_log;
 pub mod disk;
 pub mod guest_memory;
 pub mod mailbox;

@@ -12,15 +12,15 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 
+use crate::guest_memory::Regions;
 use crate::mailbox::{Answer, Awaited, Change, DiskId, Mailbox};
 
 /// The guest's memory as the crate shares it.
-pub type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
+pub type SharedMemory = GuestMemoryAtomic<Regions>;
 type Record = VringMutex<SharedMemory>;
 
 /// A ring as the vhost-user side sees it. Clones are the same ring.

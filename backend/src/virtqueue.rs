@@ -155,6 +155,13 @@ impl ServedRing {
         Ok(Some(head))
     }
 
+    /// A head that was in flight when the ring started and was not handed out since: for a ring that stops.
+    pub fn take_again(&mut self) -> Option<(Table, u16)> {
+        let head = self.again.pop_front()?;
+        self.live += 1;
+        Some((self.table(), head))
+    }
+
     fn take_new(&mut self, memory: &GuestMemory) -> Result<Option<u16>, Broken> {
         let Some(head) = self.pop(memory)? else { return Ok(None) };
         if head >= self.queue.size() {

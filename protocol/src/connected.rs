@@ -29,8 +29,10 @@ const SILENCE_IDLE: Nanos = Nanos::from_secs(10);
 /// A node is dead when so many PINGs over so long a time were not answered.
 const DEAD_PINGS: u32 = 10;
 const DEAD_AFTER: Nanos = Nanos::from_secs(1);
-/// A refused OPEN is tried again after this.
-const OPEN_PAUSE: Nanos = Nanos::from_millis(250);
+/// A refused OPEN is tried again after this, and each time after half as long again, up to the longest: who has the volume may be about to give it
+/// back, as when its guest moves from there to here.
+const OPEN_PAUSE_FIRST: Nanos = Nanos::from_millis(5);
+const OPEN_PAUSE_MAX: Nanos = Nanos::from_millis(250);
 /// A narrowed path is tried at the next wider size this often.
 const WIDEN_EVERY: Nanos = Nanos::from_secs(60);
 
@@ -72,6 +74,7 @@ pub(crate) struct Connected {
     control_sseq: u16,
     /// After a refusal: when to try again.
     control_at: Option<Instant>,
+    open_pause: Nanos,
     held: Option<Access>,
     /// Nothing is to be issued.
     pub(crate) barred: bool,
@@ -102,6 +105,7 @@ impl Connected {
             control: None,
             control_sseq: 0,
             control_at: None,
+            open_pause: OPEN_PAUSE_FIRST,
             held: None,
             barred: false,
             info: VolumeInfo::default(),
@@ -220,6 +224,7 @@ impl Connected {
             (Op::Open, Status::Ok, Some(info)) => {
                 self.info = info;
                 self.held = Some(control.open.access);
+                self.open_pause = OPEN_PAUSE_FIRST;
                 events.push_back(Event::Attached(info, control.open.access));
             }
             (Op::Release, Status::Ok, _) => self.held = Some(Access::ReadOnly),
@@ -229,7 +234,8 @@ impl Connected {
                     // The holder's epoch, which a take-over has to name.
                     self.info.vol_epoch = info.vol_epoch;
                 }
-                self.control_at = Some(now + OPEN_PAUSE);
+                self.control_at = Some(now + self.open_pause);
+                self.open_pause = Nanos(self.open_pause.0 * 3 / 2).min(OPEN_PAUSE_MAX);
                 events.push_back(Event::Refused(status, info));
             }
         }
