@@ -40,7 +40,7 @@ parse() {
   BIN_DIR=${BIN_DIR:-${CARGO_TARGET_DIR:-$QEMU_DIR/../target}/release}
 }
 
-virsh() { command virsh -q -c "qemu+unix:///system?socket=$WORK/libvirt/run/libvirt/libvirt-sock" "$@"; }
+virsh() { timeout 30 virsh -q -c "qemu+unix:///system?socket=$WORK/libvirt/run/libvirt/libvirt-sock" "$@"; }
 
 # start_libvirtd: in the backend's host. The first process of its namespace is a shell, which takes in the machines when they end; killed, it takes
 # all others with it.
@@ -79,7 +79,7 @@ write_domain() {
   XML=$(cat "$QEMU_DIR/libvirt/domain.xml")
   replace "<domain type='kvm'>" "<domain type='qemu'>
   <sysinfo type='fwcfg'><entry name='opt/cirro/script' file='$WORK/script'/></sysinfo>"
-  replace /run/cirro/vm1.sock "$WORK/disk.sock"
+  replace "path='/run/cirro/vm1.sock'" "path='$WORK/disk.sock'"
   replace "<boot dev='hd'/>" "<kernel>$GUEST_DIR/vmlinux</kernel><initrd>$GUEST_DIR/initramfs.cpio</initrd>
     <cmdline>console=ttyS0 panic=-1 quiet FS_MIB=$FS_MIB HOLE_MIB=$HOLE_MIB FIO_MIB=$FIO_MIB JOBS=$VCPUS TREE=$TREE</cmdline>"
   replace '<on_reboot>restart</on_reboot>' '<on_reboot>destroy</on_reboot>'
@@ -160,7 +160,7 @@ main() {
   parse "$@"
   need_root
   undo_on_exit
-  VCPUS=4 QUEUES=4 FS_MIB=128 HOLE_MIB=4 FIO_MIB=12 TREE=/usr,/modules GUEST_TIMEOUT_S=150
+  VCPUS=4 QUEUES=4 FS_MIB=128 HOLE_MIB=4 FIO_MIB=8 TREE=/usr,/modules GUEST_TIMEOUT_S=150
   "$QEMU_DIR/install.sh" "${PACKAGES[@]}"
   "$QEMU_DIR/guest-image.sh"
   rig_up
