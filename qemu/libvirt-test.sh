@@ -16,8 +16,8 @@ USAGE="usage: libvirt-test.sh [--bin-dir DIR] [--verbose] [--keep]"
 VERBOSE=''
 PACKAGES=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients)
 DOMAIN=vm1
-# What the machine is told, and its disk alone, in files of the run.
-XML='' DISK_XML=''
+# The machine's description, a file with its disk alone, and when it must be done.
+XML='' DISK_XML='' DEADLINE_S=''
 LIBVIRTD_PID='' PROGRESS_PID=''
 
 parse() {
@@ -73,7 +73,7 @@ replace() {
   XML=${XML/"$1"/"$2"}
 }
 
-# A file of fw_cfg may not be empty, and neither is this one.
+# write_domain: domain.xml with the test's own in its places, and its disk alone.
 write_domain() {
   cat "$QEMU_DIR/guest/disk-work.sh" "$QEMU_DIR/guest/replug-work.sh" >"$WORK/script"
   XML=$(cat "$QEMU_DIR/libvirt/domain.xml")
@@ -93,7 +93,8 @@ write_domain() {
 # start_domain: what the guest reports comes into REPORT, as with run-guest.sh.
 start_domain() {
   : >"$REPORT"
-  virsh define "$WORK/domain.xml" >"$WORK/virsh.log" 2>&1 && virsh start "$DOMAIN" >>"$WORK/virsh.log" 2>&1 || machine_failed "does not start"
+  virsh define "$WORK/domain.xml" >"$WORK/virsh.log" 2>&1 || machine_failed "is not understood"
+  virsh start "$DOMAIN" >>"$WORK/virsh.log" 2>&1 || machine_failed "does not start"
   [[ -n $VERBOSE ]] || return 0
   tail -s 0.1 -n +1 -f "$REPORT" | show_progress &
   PROGRESS_PID=$!

@@ -6,6 +6,7 @@
 
 # wait_for WHAT COMMAND...: until the command succeeds, 30 seconds at most.
 wait_for() {
+  # shellcheck disable=SC2034 # disk-work.sh says it at a failure.
   what=$1
   shift
   tries=0
@@ -16,11 +17,11 @@ wait_for() {
   done
 }
 
-disk_is_gone() { [ ! -e $DISK ]; }
+disk_is_gone() { [ ! -e "$DISK" ]; }
 
 report unplug
 wait_for "the disk goes" disk_is_gone
 report gone
-wait_for "the disk comes" test -b $DISK
+wait_for "the disk comes" test -b "$DISK"
 step "checksum again, after the disk was out" check_again
 step "fio after the disk was out, verify=crc32c" verify fio-replugged 4k
