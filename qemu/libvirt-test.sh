@@ -113,7 +113,7 @@ machine_failed() {
 }
 
 is_off() { [[ $(virsh domstate "$DOMAIN" 2>>"$WORK/virsh.log") == 'shut off' ]]; }
-reported() { grep -qE "^($1)\$" "$REPORT"; }
+reported() { grep -qsE "^($1)\$" "$REPORT"; }
 has_no_disk() { [[ -z $(virsh domblklist "$DOMAIN") ]]; }
 backend_worked() { "$BIN_DIR/cirroctl" stats --json --ctl-socket "$WORK/backend.ctl" >"$WORK/backend.stats" 2>/dev/null && (($(stat_sum backend requests) > 0)); }
 
