@@ -131,11 +131,14 @@ await() {
   done
 }
 
-# kill_backend: SIGKILL in the middle of the guest's work, and another start; libvirt's QEMU connects again and the guest goes on.
+# kill_backend: SIGKILL with requests in flight, because the node answers nothing for a while before, and another start; libvirt's QEMU connects
+# again and the guest goes on.
 kill_backend() {
+  kill -STOP "$NODE_PID"
+  sleep 0.5
   kill -KILL "$BACKEND_PID"
   wait "$BACKEND_PID" 2>/dev/null || true
-  sleep 0.3
+  kill -CONT "$NODE_PID"
   start_backend
   await "the guest goes on after a restart of the backend" backend_worked
   say "backend killed and started: the guest goes on"
@@ -153,6 +156,7 @@ replug() {
 check_guest() {
   reported 'exit 0' || machine_failed "ended without success"
   ! grep -E 'I/O error|EXT4-fs (error|warning)' "$WORK/console.log" || machine_failed "logged errors of the disk"
+  grep -q 'requests are issued again' "$WORK/cirro-backend.log" || die "no request was in flight when the backend was killed: the test showed nothing"
   [[ $(guest_value queues) == "$QUEUES" ]] || die "the guest has $(guest_value queues) queues, not the $QUEUES of libvirt/domain.xml"
 }
 
