@@ -165,7 +165,7 @@ main() {
   parse "$@"
   need_root
   undo_on_exit
-  VCPUS=4 QUEUES=4 FS_MIB=128 HOLE_MIB=4 FIO_MIB=8 TREE=/usr,/modules GUEST_TIMEOUT_S=150
+  VCPUS=4 QUEUES=4 FS_MIB=128 HOLE_MIB=4 FIO_MIB=8 TREE=/usr,/modules GUEST_TIMEOUT_S=180
   "$QEMU_DIR/install.sh" "${PACKAGES[@]}"
   "$QEMU_DIR/guest-image.sh"
   rig_up
