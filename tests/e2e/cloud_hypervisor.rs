@@ -327,8 +327,14 @@ fn a_backend_killed_under_cloud_hypervisor_ends_what_was_in_flight_and_what_came
 
     // Two requests on each ring are in flight when it is killed, and one more comes on each while nobody is there.
     rig.node.pause();
+    // A signal takes a moment to stop every thread.
+    std::thread::sleep(Duration::from_millis(100));
     (8..16).for_each(|block| machine.add((block % 4) as usize, WRITE, block, place(block)));
-    std::thread::sleep(Duration::from_millis(200));
+    let end = Instant::now() + Duration::from_secs(20);
+    while rig.disk().in_flight < 8 {
+        assert!(Instant::now() < end, "{} of 8 requests are in flight", rig.disk().in_flight);
+        std::thread::sleep(Duration::from_millis(5));
+    }
     rig.backend.kill();
     rig.node.resume();
     (16..20).for_each(|block| machine.add((block % 4) as usize, WRITE, block, place(block)));
