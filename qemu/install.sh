@@ -3,8 +3,8 @@
 #
 # Says what it installs and is done at once when everything is there. Any QEMU from 7.2 on will do, so one that is
 # installed already, from backports too, is left as it is. The guest's kernel is not installed here: guest-image.sh unpacks it
-# into its cache. Rust is not Debian's: rust-toolchain.toml names the version and rustup brings it. Called by demo.sh and
-# guest-test.sh.
+# into its cache. Rust is not Debian's: rust-toolchain.toml names the version and rustup brings it. Arguments are further packages, for
+# a test that needs more. Called by demo.sh and the tests beside it.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -45,6 +45,7 @@ install_packages() {
 main() {
   local missing
   undo_on_exit
+  PACKAGES+=("$@")
   command -v apt-get >/dev/null || die "this is not a Debian system: install ${PACKAGES[*]} (or their like) by hand"
   mapfile -t missing < <(missing_packages)
   ((${#missing[@]} == 0)) || install_packages "${missing[@]}"

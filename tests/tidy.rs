@@ -290,6 +290,20 @@ fn the_gate_runs_every_test_there_is() {
 }
 
 #[test]
+fn the_readme_shows_the_machine_that_libvirt_is_tested_with() {
+    let file = |name: &str| std::fs::read_to_string(root().join(name)).unwrap();
+    let (readme, domain) = (file("README.md"), file("qemu/libvirt/domain.xml"));
+    let shown = readme.split("```xml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let tested: Vec<&str> = domain.lines().map(str::trim).collect();
+    let strange: Vec<String> = shown
+        .lines()
+        .filter(|line| !tested.contains(&line.trim()))
+        .map(|line| format!("README.md: {} is not in qemu/libvirt/domain.xml", line.trim()))
+        .collect();
+    none(&strange);
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     let mut complaints = Vec::new();
     for file in files().into_iter().filter(|file| file.extension() == "md") {

@@ -3,11 +3,16 @@
 //!
 //! Knows nothing of the daemons' insides. What a failed test shows are the daemons' own logs.
 
+mod cloud_hypervisor;
 mod crashes;
 mod device;
 mod fixture;
+#[allow(dead_code, reason = "the backend's own tests use the rest")]
+#[path = "../../backend/tests/rig/guest.rs"]
+mod guest;
 mod keys;
 mod matrix;
+mod messages;
 mod ownership;
 mod path;
 mod power;
