@@ -3,8 +3,8 @@
 #
 # Says what it installs and is done at once when everything is there. Any QEMU from 7.2 on will do, so one that is
 # installed already, from backports too, is left as it is. The guest's kernel is not installed here: guest-image.sh unpacks it
-# into its cache. Rust is not Debian's: rust-toolchain.toml names the version and rustup brings it. Called by demo.sh and
-# guest-test.sh.
+# into its cache. Rust is not Debian's: rust-toolchain.toml names the version and rustup brings it. Called by demo.sh,
+# guest-test.sh and others, which may name packages that they need besides.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # To build: gcc, libc6-dev. The wire: iproute2, nftables. The guest: the next two lines. e2fsprogs also looks into the node's file.
 PACKAGES=(gcc libc6-dev make iproute2 nftables
   qemu-system-x86 busybox-static e2fsprogs fio util-linux coreutils
-  cpio lz4 xz-utils zstd)
+  cpio lz4 xz-utils zstd "$@")
 
 missing_packages() {
   local package
