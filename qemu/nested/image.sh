@@ -7,8 +7,10 @@
 IMAGE=nested
 MODULES+=(failover net_failover virtio_net sch_netem
   nvme_fabrics nvme_tcp configfs nvmet nvmet_tcp aoe)
-# Only a processor with SVM takes kvm_amd.
-MODULES_LATER+=(irqbypass kvm kvm_amd)
-PROGRAMS+=(/usr/sbin/tc /usr/sbin/ip /usr/sbin/vblade /usr/bin/qemu-storage-daemon /usr/bin/qemu-system-x86_64)
+# The first only where the processor has AMD-V, the second only where it has VT-x.
+MODULES_LATER+=(irqbypass kvm kvm_amd kvm_intel)
+PROGRAMS+=(/usr/sbin/tc /usr/sbin/ethtool /usr/sbin/vblade /usr/bin/qemu-storage-daemon /usr/bin/qemu-system-x86_64)
 FILES+=(/usr/share/qemu/pvh.bin /usr/share/qemu/kvmvapic.bin /usr/share/seabios/bios-256k.bin /usr/share/seabios/bios.bin)
-PACKAGES+=(iproute2 vblade qemu-system-x86 qemu-system-common qemu-system-data seabios)
+PACKAGES+=(iproute2 ethtool vblade qemu-system-x86 qemu-system-common qemu-system-data seabios)
+# Without KVM QEMU wants a module of its own.
+FILES+=(/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so)
