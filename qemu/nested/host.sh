@@ -25,7 +25,7 @@ export_device() {
 }
 
 attach_ours() {
-  cirro-backend --link $WIRE --security "$SECURITY" --volume disk --socket-path /tmp/ours.sock --queues 1 --state-dir /tmp/backend \
+  cirro-backend --link "$WIRE" --security "$SECURITY" --volume disk --socket-path /tmp/ours.sock --queues 1 --state-dir /tmp/backend \
     --run-dir /tmp/run --ctl-socket /tmp/backend.ctl ${NODE_KEY:+--key /keys/backend.key} ${NODE_KEY:+--node-key "$NODE_KEY"} \
     >/tmp/backend.log 2>&1 &
   wait_for /tmp/ours.sock

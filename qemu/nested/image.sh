@@ -4,6 +4,7 @@
 # To Debian's cloud kernel come what a wire needs (virtio_net, netem), both ends of NVMe/TCP, AoE's initiator and KVM, and the programs
 # that use them: tc, vblade, qemu-storage-daemon, and QEMU itself for a guest in the guest. Our own programs are not here: run.sh packs them
 # for each run.
+# shellcheck disable=SC2034 # guest-image.sh uses it
 IMAGE=nested
 MODULES+=(failover net_failover virtio_net sch_netem
   nvme_fabrics nvme_tcp configfs nvmet nvmet_tcp aoe)

@@ -4,7 +4,7 @@
 # It is sourced by run.sh, whose variables it reads, and knows only the lines of the reports: `measured SYSTEM LOSS RW DEPTH KEY VALUE...`
 # and `value NAME NUMBER`.
 
-# The systems as people call them, and what drives each.
+# The systems as people call them. The first three are driven by cirro-load over vhost-user, the others by fio on the kernel's disk.
 declare -A TITLES=(
   [ours]="cirrostratus"
   [nvme]="NVMe/TCP"
@@ -38,9 +38,7 @@ cells() {
 }
 
 workload_title() {
-  local name=read
-  [[ $1 == randread ]] || name=write
-  printf '4 KiB random %s, depth %s' "$name" "$2"
+  printf '4 KiB random %s, depth %s' "${1#rand}" "$2"
 }
 
 text_tables() {

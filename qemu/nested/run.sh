@@ -20,7 +20,7 @@ USAGE="usage: run.sh [OPTION]...
   --duplicate PERCENT   frames that come twice (none)
   --depths LIST         requests in flight (1,16)
   --systems LIST        of ours, nvme, aoe, nvme-kernel, aoe-kernel (all)
-  --seconds N           of each measurement (3)
+  --seconds N           of each measurement (5)
   --size MIB            of each volume (64)
   --mtu N               of the wire (9000)
   --security none|keys  of ours; the others have none (none)
@@ -29,7 +29,7 @@ USAGE="usage: run.sh [OPTION]...
   --bin-dir DIR         our programs (target/release)
   --keep                leave consoles and reports of the guests for a look"
 
-LOSSES=0,0.1,1 DELAY=0.1ms JITTER='' REORDER='' DUPLICATE='' DEPTHS=1,16 SECONDS_EACH=3 VOLUME_MIB=64 MTU=9000 SECURITY=none
+LOSSES=0,0.1,1 DELAY=0.1ms JITTER='' REORDER='' DUPLICATE='' DEPTHS=1,16 SECONDS_EACH=5 VOLUME_MIB=64 MTU=9000 SECURITY=none
 SYSTEMS=ours,nvme,aoe,nvme-kernel,aoe-kernel INNER=yes OUT='' BIN_DIR='' KEEP=''
 STORE_ADDRESS=192.168.77.1 HOST_ADDRESS=192.168.77.2
 GUEST_TIMEOUT_S=3600
@@ -66,7 +66,7 @@ parse() {
       --reorder) need_list "$option" "$1" "^$number$" "a percentage" && REORDER=$1 ;;
       --duplicate) need_list "$option" "$1" "^$number$" "a percentage" && DUPLICATE=$1 ;;
       --depths) need_list "$option" "$1" '^[0-9]+(,[0-9]+)*$' "numbers, as 1,16" && DEPTHS=$1 ;;
-      --systems) need_list "$option" "$1" '^(ours|nvme|aoe)(-kernel)?(,(ours|nvme|aoe)(-kernel)?)*$' "a list" && SYSTEMS=$1 ;;
+      --systems) need_list "$option" "$1" '^(ours|(nvme|aoe)(-kernel)?)(,(ours|(nvme|aoe)(-kernel)?))*$' "some of ours, nvme, aoe, nvme-kernel, aoe-kernel" && SYSTEMS=$1 ;;
       --seconds) need_number "$option" "$1" && SECONDS_EACH=$1 ;;
       --size) need_number "$option" "$1" && VOLUME_MIB=$1 ;;
       --mtu) need_number "$option" "$1" && MTU=$1 ;;

@@ -7,7 +7,7 @@ make_volume() { dd if=/dev/zero of="/volumes/$1" bs=1M count="$VOLUME_MIB"; }
 
 serve_ours() {
   make_volume ours
-  cirro-node --link $WIRE --security "$SECURITY" --volume disk=/volumes/ours --state-dir /tmp/node --ctl-socket /tmp/node.ctl \
+  cirro-node --link "$WIRE" --security "$SECURITY" --volume disk=/volumes/ours --state-dir /tmp/node --ctl-socket /tmp/node.ctl \
     ${GRANT:+--grant "disk=$GRANT"} ${GRANT:+--key /keys/node.key} >/tmp/node.log 2>&1 &
 }
 
@@ -30,7 +30,7 @@ serve_nvme() {
 
 serve_aoe() {
   make_volume aoe
-  vblade 0 0 $WIRE /volumes/aoe >/tmp/vblade.log 2>&1 &
+  vblade 0 0 "$WIRE" /volumes/aoe >/tmp/vblade.log 2>&1 &
 }
 
 # counters: what the node has counted, into the console.
