@@ -21,8 +21,8 @@ measured_line() {
 # figure KEY LINE: its value, or 0.
 figure() { awk -v key="$1" '{ for (i = 6; i < NF; i += 2) if ($i == key) value = $(i + 1) } END { printf "%.0f", value }' <<<"$2"; }
 
-# value_of GUEST NAME
-value_of() { awk -v name="$2" '$1 == "value" && $2 == name { value = $3 } END { print value + 0 }' "$WORK/$1.report"; }
+# value_of GUEST NAME: the sum of what a guest reported by that name.
+value_of() { awk -v name="$2" '$1 == "value" && $2 == name { value += $3 } END { printf "%.0f", value }' "$WORK/$1.report"; }
 
 # inner_value NAME
 inner_value() { awk -v name="$1" '$1 == "inner" && $2 == "value" && $3 == name { value = $4 } END { print value + 0 }' "$WORK/host.report"; }

@@ -179,27 +179,27 @@ impair() {
   tell host impair "$arguments"
 }
 
+# measure_at LOSS RW DEPTH: each system in turn.
 measure_at() {
-  local loss=$1 rw depth system
-  impair "$loss"
-  for rw in randread randwrite; do
-    for depth in ${DEPTHS//,/ }; do
-      for system in ${SYSTEMS//,/ }; do
-        tell host measure "$system" "$loss" "$rw" "$depth"
-        say "  $(grep '^measured' "$WORK/host.report" | tail -n 1 | cut -d' ' -f2-)"
-      done
-    done
+  local system
+  impair "$1"
+  for system in ${SYSTEMS//,/ }; do
+    tell host measure "$system" "$1" "$2" "$3"
+    say "  $(grep '^measured' "$WORK/host.report" | tail -n 1 | cut -d' ' -f2-)"
   done
-  tell store sent "$loss"
-  tell host sent "$loss"
+  tell store sent "$1"
+  tell host sent "$1"
 }
 
+# measure_all: what is compared in one table is measured at one time, so that what else the machine does hits all alike.
 measure_all() {
-  local loss
+  local rw depth loss
   tell host attach
-  for loss in ${LOSSES//,/ }; do
-    say "$loss % loss, $DELAY delay each way, from $SECONDS s on"
-    measure_at "$loss"
+  for rw in randread randwrite; do
+    for depth in ${DEPTHS//,/ }; do
+      say "$(workload_title "$rw" "$depth"), from $SECONDS s on"
+      for loss in ${LOSSES//,/ }; do measure_at "$loss" "$rw" "$depth"; done
+    done
   done
   if [[ -n $INNER ]]; then
     say "the guest in the guest, at $loss % loss, from $SECONDS s on"
