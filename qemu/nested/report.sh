@@ -105,8 +105,9 @@ json_report() {
 }
 
 write_reports() {
-  { circumstances && text_tables; } >"$OUT/report.txt"
-  { circumstances && markdown_tables; } >"$OUT/report.md"
+  circumstances >"$WORK/circumstances"
+  { cat "$WORK/circumstances" && text_tables; } >"$OUT/report.txt"
+  { cat "$WORK/circumstances" && markdown_tables; } >"$OUT/report.md"
   json_report >"$OUT/report.json"
 }
 
