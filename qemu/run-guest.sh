@@ -69,7 +69,7 @@ kvm_boots() {
   [[ $(cat "$answer") == yes ]]
 }
 
-# qemu_arguments WORK_DIR: fills ARGUMENTS. Old QEMU counts a chardev's reconnection in seconds, new QEMU in milliseconds.
+# qemu_arguments WORK_DIR: fills ARGUMENTS. The kernel's check of its timer panics when a busy machine lets an emulated processor wait. Old QEMU counts a chardev's reconnection in seconds, new QEMU in milliseconds.
 qemu_arguments() {
   local cpu=max reconnect="reconnect=1"
   [[ $ACCEL == kvm ]] && cpu=host
@@ -80,7 +80,7 @@ qemu_arguments() {
     -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$cpu" -smp "$VCPUS" -m "$MEMORY_MIB"
     -object "memory-backend-memfd,id=ram,size=${MEMORY_MIB}M,share=on"
     -kernel "$GUEST_DIR/vmlinux" -initrd "$INITRAMFS"
-    -append "console=ttyS0 panic=-1 quiet ${VARIABLES[*]}"
+    -append "console=ttyS0 panic=-1 quiet no_timer_check ${VARIABLES[*]}"
     -fw_cfg "name=opt/cirro/script,file=$1/script"
     -serial "file:$CONSOLE" -serial "file:$1/report"
   )

@@ -96,7 +96,7 @@ inner() {
   : >/tmp/inner.report
   qemu-system-x86_64 -name inner -nodefaults -no-user-config -display none -no-reboot -machine q35,memory-backend=ram \
     -accel $accel -cpu $cpu -smp 1 -m 448 -object memory-backend-memfd,id=ram,size=448M,share=on \
-    -kernel /inner/vmlinux -initrd /inner/initramfs.cpio -append "console=ttyS0 panic=-1 quiet" \
+    -kernel /inner/vmlinux -initrd /inner/initramfs.cpio -append "console=ttyS0 panic=-1 quiet no_timer_check" \
     -fw_cfg name=opt/cirro/script,file=/inner/script -serial file:/tmp/inner.console -serial file:/tmp/inner.report \
     -chardev socket,id=disk,path=/tmp/ours.sock,reconnect=1 -device vhost-user-blk-pci,chardev=disk,num-queues=1 >/tmp/inner.log 2>&1 ||
     cat /tmp/inner.log
