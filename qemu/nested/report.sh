@@ -121,13 +121,16 @@ ours_has_no_error() {
   } END { exit !seen || bad }' "$WORK/host.report"
 }
 
-# wire_lost LOSS: frames went both ways, and netem lost some of them exactly when it was told to.
+# wire_lost LOSS: frames went both ways, and netem lost some of them exactly when it was told to. Of less than 20 that are to be expected none is
+# proof of nothing.
 wire_lost() {
-  local guest frames dropped
+  local guest
   for guest in store host; do
-    frames=$(value_of "$guest" "$1-frames") dropped=$(value_of "$guest" "$1-dropped")
-    ((frames > 0)) || return 1
-    if [[ $1 =~ ^0(\.0+)?$ ]]; then ((dropped == 0)) || return 1; else ((dropped > 0)) || return 1; fi
+    awk -v loss="$1" -v frames="$(value_of "$guest" "$1-frames")" -v dropped="$(value_of "$guest" "$1-dropped")" 'BEGIN {
+      if (frames == 0) exit 1
+      if (loss == 0) exit dropped != 0
+      exit dropped == 0 && (frames + dropped) * loss / 100 >= 20
+    }' || return 1
   done
 }
 
