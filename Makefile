@@ -1,6 +1,6 @@
 # Every command that a person needs. Start with `make demo` or `make test`; both install what they need (Debian, as root).
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-install lint sim mutants instructions fuzz soak crash-test bench doc
+.PHONY: help demo test test-all test-install lint sim mutants instructions fuzz soak crash-test nested bench doc
 
 MINUTES ?= 1
 FROM ?= 1
@@ -46,6 +46,11 @@ crash-test: ## A guest works on while both daemons are killed 20 times each and 
 	cargo build --release --quiet --locked -p cirro-node -p cirro-backend -p cirro-ctl
 	qemu/crash-test.sh --kills 20 --mode write-through
 	qemu/crash-test.sh --kills 20 --mode write-back
+
+nested: ## Ours, NVMe/TCP and AoE between two guests whose kernels lose frames, and a guest in the guest (8 minutes).
+	cargo build --release --quiet --locked -p cirro-node -p cirro-backend -p cirro-ctl
+	cargo build --release --quiet --locked -p cirro-tests --bin cirro-load
+	qemu/nested/run.sh $(if $(QUICK),--quick)
 
 bench: ## Measure, beside other ways to the same disk; writes docs/PERFORMANCE.md.
 	tests/bench/run.sh

@@ -4,21 +4,30 @@
 # The kernel package is downloaded and unpacked here, never installed on this machine. Its compressed image is opened
 # so that QEMU can enter it directly (PVH), and the initramfs is left uncompressed: both save seconds without KVM. The
 # result is kept in .cache/guest until this file, the guest's init or one of the packed programs changes. Called by
-# demo.sh and guest-test.sh; it knows nothing of the daemons. `--force` builds again.
+# demo.sh and guest-test.sh; it knows nothing of the daemons. `--force` builds again. A recipe makes another image
+# besides: a file of bash that sets IMAGE, the name, and adds to the lists below.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+IMAGE=guest
 KERNEL_PACKAGE=linux-image-cloud-amd64
 # In the order of loading. One that the kernel has built in is skipped.
 MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
   crc16 mbcache jbd2 crc32c_generic ext4 qemu_fw_cfg)
+# Packed, but loaded by nobody: what only some runs want.
+MODULES_LATER=()
 PROGRAMS=(/usr/bin/fio /usr/sbin/mke2fs /usr/sbin/e2fsck /usr/sbin/blkdiscard /usr/sbin/fstrim /usr/bin/sha256sum)
+# Files and directories that programs read.
+FILES=()
+# What all that is of.
+PACKAGES=(busybox-static fio e2fsprogs util-linux coreutils libc6)
+RECIPE='' FORCE=''
 
 # What the image is made from: a change of any of it makes a new image.
 image_stamp() {
-  sha256sum "$QEMU_DIR/guest-image.sh" "$QEMU_DIR/guest/init" | cut -d' ' -f1
-  dpkg-query -W busybox-static fio e2fsprogs util-linux coreutils libc6
+  sha256sum "$QEMU_DIR/guest-image.sh" "$QEMU_DIR/guest/init" ${RECIPE:+"$RECIPE"} | cut -d' ' -f1
+  dpkg-query -W "${PACKAGES[@]}"
 }
 
 # fetch_kernel DIR: the package that the meta package stands for, unpacked into DIR.
@@ -56,15 +65,15 @@ open_kernel() {
   [[ $(head -c 4 "$2" | od -An -t x1 | tr -d ' ') == 7f454c46 ]] || die "what came out of $1 is not an ELF file"
 }
 
-# copy_modules KERNEL_DIR ROOT: the modules and a list of them in the order of loading.
+# copy_modules KERNEL_DIR ROOT LIST MODULE...: the modules and a list of them in the order of loading.
 copy_modules() {
   local tree=("$1"/lib/modules/*) name file
   mkdir -p "$2/modules"
-  for name in "${MODULES[@]}"; do
+  for name in "${@:4}"; do
     file=$(find "${tree[0]}/kernel" -name "$name.ko" -o -name "${name//_/-}.ko")
     if [[ -n $file ]]; then
       cp "$file" "$2/modules/"
-      basename "$file" >>"$2/modules/order"
+      basename "$file" >>"$2/modules/$3"
     elif ! grep -qE "/${name//_/[_-]}\.ko" "${tree[0]}/modules.builtin"; then
       die "the kernel ${tree[0]##*/} has no module $name, neither loadable nor built in"
     fi
@@ -81,6 +90,7 @@ copy_programs() {
       [[ -e $1$library ]] || install -D "$library" "$1$library"
     done
   done
+  ((${#FILES[@]} == 0)) || cp -rL --parents "${FILES[@]}" "$1"
 }
 
 build_image() {
@@ -91,7 +101,8 @@ build_image() {
   mkdir -p "$work/kernel" "$work/root/bin" "$work/guest"
   fetch_kernel "$work/kernel"
   open_kernel "$work"/kernel/boot/vmlinuz-* "$work/guest/vmlinux"
-  copy_modules "$work/kernel" "$work/root"
+  copy_modules "$work/kernel" "$work/root" order "${MODULES[@]}"
+  copy_modules "$work/kernel" "$work/root" later "${MODULES_LATER[@]}"
   copy_programs "$work/root"
   cp /bin/busybox "$work/root/bin/busybox"
   install "$QEMU_DIR/guest/init" "$work/root/init"
@@ -99,15 +110,20 @@ build_image() {
   image_stamp >"$work/guest/stamp"
   rm -rf "$GUEST_DIR"
   mv "$work/guest" "$GUEST_DIR"
-  say "built the guest: kernel $(du -h "$GUEST_DIR/vmlinux" | cut -f1), initramfs $(du -h "$GUEST_DIR/initramfs.cpio" | cut -f1)"
+  say "built the image $IMAGE: kernel $(du -h "$GUEST_DIR/vmlinux" | cut -f1), initramfs $(du -h "$GUEST_DIR/initramfs.cpio" | cut -f1)"
 }
 
 main() {
   undo_on_exit
+  [[ ${1:-} != --force ]] || { FORCE=yes && shift; }
+  RECIPE=${1:-}
+  # shellcheck source=/dev/null
+  [[ -z $RECIPE ]] || source "$RECIPE"
+  GUEST_DIR=$CACHE_DIR/$IMAGE
   mkdir -p "$CACHE_DIR"
   exec 9>"$CACHE_DIR/lock"
   flock 9
-  if [[ ${1:-} != --force && -f $GUEST_DIR/stamp ]] && cmp -s <(image_stamp) "$GUEST_DIR/stamp"; then
+  if [[ -z $FORCE && -f $GUEST_DIR/stamp ]] && cmp -s <(image_stamp) "$GUEST_DIR/stamp"; then
     return
   fi
   build_image

@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # To build: gcc, libc6-dev. The wire: iproute2, nftables. The guest: the next two lines. e2fsprogs also looks into the node's file.
 PACKAGES=(gcc libc6-dev make iproute2 nftables
   qemu-system-x86 busybox-static e2fsprogs fio util-linux coreutils
-  cpio lz4 xz-utils zstd)
+  cpio lz4 xz-utils zstd "$@")
 
 missing_packages() {
   local package

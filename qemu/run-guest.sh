@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Boots the guest of guest-image.sh, has it run one script, and exits with that script's exit code.
+# Boots a guest of guest-image.sh, has it run one script, and exits with that script's exit code.
 #
 # The disk is a vhost-user-blk device on the socket of a back-end that is already there; without --socket the guest has
-# no disk. What the script reports (see README.md) goes to standard output as it comes, the guest's console to a file.
+# no disk. With --wire it has a network interface that leads to one other guest, by a socket that the first of the two makes. What the script reports (see README.md) goes to standard output as it comes, the guest's console to a file.
 # Exit codes of its own: 124 the time was up, 125 the guest ended without a word, 2 usage. It knows nothing of the network
-# behind the back-end. Called by demo.sh and guest-test.sh, and by hand.
+# behind the back-end. Called by demo.sh, guest-test.sh and others, and by hand.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
-                    [--console FILE] [--input PIPE] [--accel kvm|tcg] SCRIPT [NAME=VALUE]..."
+                    [--console FILE] [--input PIPE] [--accel kvm|tcg] [--image NAME] [--overlay CPIO]
+                    [--wire SOCKET] [--mac MAC] [--mtu N] SCRIPT [NAME=VALUE]..."
 SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' INPUT='' ACCEL=''
+IMAGE=guest OVERLAY='' WIRE='' MAC=52:54:00:00:00:01 MTU=9000
 SCRIPT='' VARIABLES=()
 QEMU=${QEMU:-qemu-system-x86_64}
 
@@ -34,6 +36,11 @@ parse() {
       --console) CONSOLE=$2 ;;
       --input) INPUT=$2 ;;
       --accel) ACCEL=$2 ;;
+      --image) IMAGE=$2 ;;
+      --overlay) OVERLAY=$2 ;;
+      --wire) WIRE=$2 ;;
+      --mac) MAC=$2 ;;
+      --mtu) MTU=$2 ;;
       *) usage_error ;;
     esac
     shift 2
@@ -42,6 +49,7 @@ parse() {
   SCRIPT=$1
   VARIABLES=("${@:2}")
   QUEUES=${QUEUES:-$VCPUS}
+  GUEST_DIR=$CACHE_DIR/$IMAGE
 }
 
 # kvm_boots: true when /dev/kvm carries this very guest. Some flavours exist and cannot, so it is tried, once per boot
@@ -61,7 +69,7 @@ kvm_boots() {
   [[ $(cat "$answer") == yes ]]
 }
 
-# qemu_arguments WORK_DIR: fills ARGUMENTS. Old QEMU counts a chardev's reconnection in seconds, new QEMU in milliseconds.
+# qemu_arguments WORK_DIR: fills ARGUMENTS. The kernel's check of its timer panics when a busy machine lets an emulated processor wait. Old QEMU counts a chardev's reconnection in seconds, new QEMU in milliseconds.
 qemu_arguments() {
   local cpu=max reconnect="reconnect=1"
   [[ $ACCEL == kvm ]] && cpu=host
@@ -71,8 +79,8 @@ qemu_arguments() {
     -name cirro-guest -nodefaults -no-user-config -display none -no-reboot
     -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$cpu" -smp "$VCPUS" -m "$MEMORY_MIB"
     -object "memory-backend-memfd,id=ram,size=${MEMORY_MIB}M,share=on"
-    -kernel "$GUEST_DIR/vmlinux" -initrd "$GUEST_DIR/initramfs.cpio"
-    -append "console=ttyS0 panic=-1 quiet ${VARIABLES[*]}"
+    -kernel "$GUEST_DIR/vmlinux" -initrd "$INITRAMFS"
+    -append "console=ttyS0 panic=-1 quiet no_timer_check ${VARIABLES[*]}"
     -fw_cfg "name=opt/cirro/script,file=$1/script"
     -serial "file:$CONSOLE" -serial "file:$1/report"
   )
@@ -81,6 +89,18 @@ qemu_arguments() {
   [[ -z $SOCKET ]] || ARGUMENTS+=(
     -chardev "socket,id=disk,path=$SOCKET,$reconnect"
     -device "vhost-user-blk-pci,chardev=disk,num-queues=$QUEUES"
+  )
+  [[ -z $WIRE ]] || wire_arguments
+}
+
+# wire_arguments: adds an interface. A stream between two sockets loses nothing and knows no offloads: what the guests' kernels send
+# is cut into frames before.
+wire_arguments() {
+  local server=on
+  [[ ! -S $WIRE ]] || server=off
+  ARGUMENTS+=(
+    -netdev "stream,id=wire,server=$server,addr.type=unix,addr.path=$WIRE"
+    -device "virtio-net-pci,netdev=wire,mac=$MAC,host_mtu=$MTU"
   )
 }
 
@@ -113,7 +133,7 @@ main() {
   local work status=0
   parse "$@"
   undo_on_exit
-  [[ -f $GUEST_DIR/stamp ]] || die "there is no guest image: run qemu/guest-image.sh"
+  [[ -f $GUEST_DIR/stamp ]] || die "there is no image $IMAGE: run qemu/guest-image.sh"
   command -v "$QEMU" >/dev/null || die "$QEMU is missing: run qemu/install.sh"
   [[ -r $SCRIPT ]] || die "cannot read the guest's script $SCRIPT"
   if [[ -z $ACCEL ]]; then
@@ -126,6 +146,9 @@ main() {
   : >"$work/report"
   # A file of fw_cfg may not be empty.
   { cat "$SCRIPT"; echo; } >"$work/script"
+  INITRAMFS=$GUEST_DIR/initramfs.cpio
+  # The kernel unpacks one archive after another.
+  [[ -z $OVERLAY ]] || { INITRAMFS=$work/initramfs.cpio && cat "$GUEST_DIR/initramfs.cpio" "$OVERLAY" >"$INITRAMFS"; }
   qemu_arguments "$work"
   say "accel $ACCEL"
   boot "$work" || status=$?

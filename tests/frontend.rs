@@ -1,7 +1,7 @@
 //! A virtio-blk front-end without a VM: the `blkio` crate's vhost-user driver, which owes nothing to our back-end.
 //!
 //! Does not know what is right to read (that is `verify`) nor who serves. Keeps every queue full from one thread, times each request, and takes one that
-//! does not end in ten seconds, or another time, for a failure. Used by the end-to-end tests and the benchmark.
+//! does not end in ten seconds, or another time, for a failure. Used by the end-to-end tests, the benchmark and `cirro-load`.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -141,6 +141,8 @@ pub struct Outcome {
     pub latency: Histogram<u64>,
     /// Times of 5 ms and more without a completion, in order.
     pub pauses: Vec<Pause>,
+    /// Requests that the device refused: none, unless the front-end bears it.
+    pub refused: u64,
 }
 
 impl Outcome {
@@ -211,12 +213,18 @@ pub struct FrontEnd {
     busy: usize,
     done: Vec<Done>,
     patience: Duration,
+    bears_refusals: bool,
 }
 
 impl FrontEnd {
     /// Takes a request for stalled after this time instead of [`STALL`].
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+
+    /// Counts requests that the device refuses, and goes on, instead of failing at the first.
+    pub fn bear_refusals(&mut self) {
+        self.bears_refusals = true;
     }
 
     /// Takes the memory of all buffers away, as a VMM does that makes its memory file shorter. No buffer may be looked at from now on.
@@ -272,6 +280,7 @@ impl FrontEnd {
             busy: 0,
             done: Vec::with_capacity(1024),
             patience: STALL,
+            bears_refusals: false,
         })
     }
 
@@ -305,6 +314,7 @@ impl FrontEnd {
             requests: 0,
             last: start,
             pauses: Vec::new(),
+            refused: 0,
         };
         let end = start + time;
         run.resting.extend(0..self.in_flight.len());
@@ -326,8 +336,8 @@ impl FrontEnd {
                 self.find_stalled(now)?;
             }
         }
-        let Run { latency, requests, pauses, .. } = run;
-        Ok(Outcome { requests, elapsed: start.elapsed(), latency, pauses })
+        let Run { latency, requests, pauses, refused, .. } = run;
+        Ok(Outcome { requests, elapsed: start.elapsed(), latency, pauses, refused })
     }
 
     /// Gives every resting slot its next request.
@@ -417,8 +427,13 @@ impl FrontEnd {
         for Done { user_data: slot, ret } in self.done.drain(..) {
             let InFlight { io, since } = self.in_flight[slot].take().expect("a request ends once");
             self.busy -= 1;
-            if ret != 0 {
+            if ret != 0 && !self.bears_refusals {
                 return Err(Failure::Refused { io, ret });
+            }
+            if ret != 0 {
+                run.refused += 1;
+                run.resting.push_back(slot);
+                continue;
             }
             let nanos = u64::try_from((now - since).as_nanos()).expect("less than 500 years");
             run.latency.saturating_record(nanos.max(1));
@@ -456,6 +471,7 @@ struct Run {
     /// The last completion.
     last: Instant,
     pauses: Vec<Pause>,
+    refused: u64,
 }
 
 /// A request takes three descriptors: header, data, status.

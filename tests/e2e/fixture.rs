@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cirro_tests::daemons::{Daemon, Scratch, qemu_storage_daemon};
 use cirro_tests::frontend::{Failure, FrontEnd, Op, Shape};
+use cirro_tests::load::Load;
 use cirro_tests::loss::{self, Drop};
 use cirro_tests::netns::Lab;
 use cirro_tests::verify::{Content, Mix, Size, Verifier};
@@ -66,6 +67,31 @@ fn a_narrow_path_drops_by_the_bytes_after_the_ethernet_header() {
     let lengths: Vec<usize> = recorder.stop().iter().map(|frame| frame.len() - 14).collect();
     assert_eq!(lengths, [1499, 1500]);
     assert_eq!(loss::dropped(lab.store()), 2);
+}
+
+#[test]
+fn a_front_end_that_bears_refusals_counts_them_and_goes_on() {
+    let (lab, scratch) = (Lab::pair(1500), Scratch::new());
+    let image = scratch.volume("disk.img", DISK_BYTES);
+    let bad = "inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector=0";
+    let blockdev =
+        format!("driver=blkdebug,node-name=disk,image.driver=file,image.filename={},{bad}", image.display());
+    let _daemon = qemu_storage_daemon(
+        &scratch,
+        "qsd",
+        &blockdev,
+        lab.host().namespace().command("qemu-storage-daemon"),
+    );
+    // Of four places the first cannot be read.
+    let mut load = Load::random(Op::Read, 4096, 4 * 4096);
+    let time = Duration::from_millis(300);
+    let mut front_end = connect(&scratch.path("qsd.sock"), 1, 1);
+    assert!(matches!(front_end.run(&mut load, time), Err(Failure::Refused { .. })));
+    drop(front_end);
+    let mut front_end = connect(&scratch.path("qsd.sock"), 1, 4);
+    front_end.bear_refusals();
+    let outcome = front_end.run(&mut load, time).unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(outcome.refused > 0 && outcome.requests > outcome.refused, "{outcome:?}");
 }
 
 struct Reference {
