@@ -45,19 +45,40 @@ work_fio_verify() {
   fio_job meta-psync --rw=randwrite --bs=4k --size=8m --ioengine=psync --sync=1 --verify=pattern --verify_pattern=0xdeadbeef
 }
 
-# Discards leave the device holding anything by the specification; this device gives zeroes, and fio is told so by trim_verify_zero.
+# trims: how many discards the disk has done.
+trims() { awk '{ print $12 }' /sys/block/vda/stat; }
+
+# trim_job NAME OPTION...: a fio_job that must have discarded something.
+trim_job() {
+  before=$(trims)
+  fio_job "$@"
+  what="fio $1 discards"
+  [ "$(trims)" -gt "$before" ]
+}
+
+# fio 3.33's trim_percentage is not here: it ends by an assertion of fio's own (fio_ro_check) when it comes to its first trim.
 work_fio_trim() {
   for engine in libaio io_uring; do
-    fio_job "trim-some-$engine" --rw=randwrite --bs=4k --size=16m --ioengine=$engine --iodepth=16 --verify=crc32c \
-      --trim_percentage=30 --trim_verify_zero=1 --trim_backlog=64 --verify_backlog=64
-    fio_job "trim-large-$engine" --rw=randwrite --bs=128k --size=32m --ioengine=$engine --iodepth=8 --verify=crc32c \
-      --trim_percentage=50 --trim_verify_zero=1 --trim_backlog=16
+    trim_job "trimwrite-4k-$engine" --rw=trimwrite --bs=4k --size=8m --ioengine=$engine --iodepth=1 --verify=crc32c
+    trim_job "randtrimwrite-64k-$engine" --rw=randtrimwrite --bs=64k --size=32m --ioengine=$engine --iodepth=1 --verify=crc32c --verify_backlog=16
+    fio_job "written-before-$engine" --rw=randwrite --bs=16k --size=32m --ioengine=$engine --iodepth=16 --verify=crc32c
+    trim_all "$engine"
+    zeroes_now
   done
-  fio_job trimwrite --rw=trimwrite --bs=64k --size=32m --ioengine=libaio --iodepth=8 --verify=crc32c
-  what='fio randtrim'
-  fio --name=randtrim --filename=$DISK --direct=1 --thread --rw=randtrim --bs=64k --size=32m --ioengine=libaio --iodepth=8 >/tmp/out || { cat /tmp/out; return 1; }
-  report 'job fio randtrim'
-  what='all of a disk that was trimmed at random is zero'
+}
+
+# trim_all ENGINE: trims every block of what was written, in random order and sixteen at a time.
+trim_all() {
+  what="fio randtrim-$1"
+  before=$(trims)
+  fio --name=randtrim --filename=$DISK --direct=1 --thread --randseed="$SEED" --rw=randtrim --bs=64k --size=32m --ioengine="$1" --iodepth=16 >/tmp/out || { cat /tmp/out; return 1; }
+  [ $(($(trims) - before)) -ge 32 ]
+  report "job fio randtrim-$1"
+}
+
+# By the specification a discarded sector may hold anything; this device promises zeroes.
+zeroes_now() {
+  what='zeroes after randtrim'
   head -c $((32 << 20)) /dev/zero >/tmp/zeroes
   echo 3 >/proc/sys/vm/drop_caches
   dd if=$DISK bs=1M count=32 iflag=fullblock | cmp - /tmp/zeroes
