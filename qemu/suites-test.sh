@@ -28,7 +28,7 @@ RUNS=(
   'stress_xfs|stress|xfs|discard|320|0'
   'stress_btrfs|stress|btrfs|discard=async|512|0'
 )
-ONLY='' SEED=1 VERBOSE=''
+ONLY='' SEED=1 VERBOSE='' SUITE_PID=''
 
 parse() {
   local option
@@ -66,6 +66,11 @@ install_fsx() {
   cargo install fsx --quiet --version "$FSX_VERSION" --locked --root "$CACHE_DIR/fsx-$FSX_VERSION" || die "cargo install fsx failed: see above"
 }
 
+# end_suite: a suite under way is asked to end, and undoes what it made.
+end_suite() {
+  [[ -z $SUITE_PID ]] || { kill "$SUITE_PID" && wait "$SUITE_PID"; }
+}
+
 # check_on_the_node FS: the node's raw file, read by the file system's own tool.
 check_on_the_node() {
   local check
@@ -93,7 +98,7 @@ run_suite() (
   local started_s=$SECONDS jobs
   UNDO=()
   undo_on_exit
-  FS_MIB=$5 LOSS_PERCENT=$6 HOLE_MIB=0 FIO_MIB=0 GUEST_TIMEOUT_S=400
+  FS_MIB=$5 LOSS_PERCENT=$6 HOLE_MIB=0 FIO_MIB=0 GUEST_TIMEOUT_S=600
   GUEST_OPTIONS=(--image suites --memory 1024)
   rig_up
   start_daemons
@@ -115,6 +120,7 @@ main() {
   parse "$@"
   need_root
   undo_on_exit
+  undo end_suite
   "$QEMU_DIR/install.sh" stress-ng xfsprogs btrfs-progs
   install_fsx
   "$QEMU_DIR/guest-image.sh" "$QEMU_DIR/suites-image.sh"
@@ -122,7 +128,8 @@ main() {
     IFS='|' read -r name work fs options mib loss <<<"$run"
     wanted "$name" || continue
     run_suite "$name" "$work" "$fs" "$options" "$mib" "$loss" &
-    wait "$!" || {
+    SUITE_PID=$!
+    wait "$SUITE_PID" || {
       say "test suites::$name ... FAILED"
       failed=1
     }

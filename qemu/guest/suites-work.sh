@@ -33,8 +33,8 @@ fio_job() {
 work_fio_verify() {
   for engine in libaio io_uring; do
     for block in 512 4k 64k 1m; do
-      size=24m
-      [ $block != 512 ] || size=2m
+      size=16m
+      [ $block != 512 ] || size=1m
       fio_job "randwrite-$engine-$block" --rw=randwrite --bs=$block --size=$size --ioengine=$engine --iodepth=32 --verify=crc32c
     done
     fio_job "mixed-sizes-$engine" --rw=randrw --bsrange=512-256k --bs_unaligned=0 --blockalign=512 --size=32m --ioengine=$engine --iodepth=16 \
@@ -59,8 +59,8 @@ trim_job() {
 # fio 3.33's trim_percentage is not here: it ends by an assertion of fio's own (fio_ro_check) when it comes to its first trim.
 work_fio_trim() {
   for engine in libaio io_uring; do
-    trim_job "trimwrite-4k-$engine" --rw=trimwrite --bs=4k --size=8m --ioengine=$engine --iodepth=1 --verify=crc32c
-    trim_job "randtrimwrite-64k-$engine" --rw=randtrimwrite --bs=64k --size=32m --ioengine=$engine --iodepth=1 --verify=crc32c --verify_backlog=16
+    trim_job "trimwrite-4k-$engine" --rw=trimwrite --bs=4k --size=2m --ioengine=$engine --iodepth=1 --verify=crc32c
+    trim_job "randtrimwrite-64k-$engine" --rw=randtrimwrite --bs=64k --size=16m --ioengine=$engine --iodepth=1 --verify=crc32c --verify_backlog=16
     fio_job "written-before-$engine" --rw=randwrite --bs=16k --size=32m --ioengine=$engine --iodepth=16 --verify=crc32c
     trim_all "$engine"
     zeroes_now
@@ -99,14 +99,14 @@ fsx() {
 work_fsx_device() {
   what='fsx on the device'
   forget_caches &
-  fsx $DISK 6000 'blockmode = true' 'flen = 8388608' '[opsize]' 'max = 131072' 'align = 512' \
+  fsx $DISK 3000 'blockmode = true' 'flen = 8388608' '[opsize]' 'max = 131072' 'align = 512' \
     '[weights]' 'truncate = 0' 'invalidate = 1' 'fsync = 1' 'fdatasync = 1' 'punch_hole = 5' 'posix_fadvise = 2'
 }
 
 work_fsx() {
   what="fsx on $FS"
   forget_caches &
-  fsx /mnt/fsx 6000 'flen = 8388608' '[opsize]' 'max = 131072' \
+  fsx /mnt/fsx 3000 'flen = 8388608' '[opsize]' 'max = 131072' \
     '[weights]' 'close_open = 1' 'invalidate = 1' 'fsync = 1' 'fdatasync = 1' 'posix_fallocate = 2' 'punch_hole = 5' 'sendfile = 3' 'posix_fadvise = 2' 'copy_file_range = 3'
 }
 
