@@ -67,6 +67,7 @@ install_fsx() {
 }
 
 # end_suite: a suite under way is asked to end, and undoes what it made.
+# shellcheck disable=SC2317 # undo calls it
 end_suite() {
   [[ -z $SUITE_PID ]] || { kill "$SUITE_PID" && wait "$SUITE_PID"; }
 }
