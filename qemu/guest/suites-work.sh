@@ -130,8 +130,14 @@ make_file_system() {
   what="make and mount $FS"
   case $FS in
     ext4) /usr/sbin/mke2fs -q -t ext4 -F $DISK ;;
-    xfs) insmod_later libcrc32c xfs && /usr/sbin/mkfs.xfs -q -f $DISK ;;
-    btrfs) insmod_later libcrc32c xor raid6_pq zstd_compress btrfs && /usr/bin/mkfs.btrfs -q -f $DISK ;;
+    xfs)
+      insmod_later libcrc32c xfs
+      /usr/sbin/mkfs.xfs -q -f $DISK
+      ;;
+    btrfs)
+      insmod_later libcrc32c xor raid6_pq zstd_compress btrfs
+      /usr/sbin/mkfs.btrfs -q -f $DISK
+      ;;
   esac
   mount -t "$FS" -o "$MOUNT_OPTIONS" $DISK /mnt
 }
