@@ -94,8 +94,8 @@ check_logs() {
   done
 }
 
-# run_suite NAME WORK FS OPTIONS MIB LOSS: in a shell of its own, so that what it made is undone at its end.
-run_suite() (
+# run_suite NAME WORK FS OPTIONS MIB LOSS: in a shell of its own, the caller's `&`, so that what it made is undone at its end.
+run_suite() {
   local started_s=$SECONDS jobs
   UNDO=()
   undo_on_exit
@@ -114,7 +114,7 @@ run_suite() (
   jobs=$(grep -c '^job ' "$REPORT") || die "the guest did not say that it ran anything"
   say "test suites::$1 ... ok"
   say "  $jobs jobs in $((SECONDS - started_s)) s"
-)
+}
 
 main() {
   local run name work fs options mib loss failed=0
