@@ -45,7 +45,6 @@ install_packages() {
 main() {
   local missing
   undo_on_exit
-  PACKAGES+=("$@")
   command -v apt-get >/dev/null || die "this is not a Debian system: install ${PACKAGES[*]} (or their like) by hand"
   mapfile -t missing < <(missing_packages)
   ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
