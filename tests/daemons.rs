@@ -479,7 +479,9 @@ impl<'a> Launch<'a> {
                 command.args(["--node-key", &scratch.key("node").1.to_string()]);
             }
         }
-        command.args(["--link-mode", link_mode().name()]);
+        if link_mode() != Mode::default() {
+            command.args(["--link-mode", link_mode().name()]);
+        }
         if link_mode() == Mode::Udp {
             let others = ADDRESSES.iter().filter(|address| **address != machine.address());
             others.for_each(|address| _ = command.args(["--udp-peer", address]));

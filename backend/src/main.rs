@@ -21,7 +21,7 @@ use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
-use cirro_ctl::confine::{Kept, User, confine};
+use cirro_ctl::confine::{Needs, User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile;
 use cirro_ctl::server::Server;
@@ -71,12 +71,12 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.run_dir)?;
         config.ctl_socket.iter().try_for_each(|path| user.take_folder_of(path))?;
     }
-    let kept = match config.link.reopens() {
-        Reopens::Nothing => Kept::Nothing,
-        Reopens::PacketSockets => Kept::PacketSockets,
-        Reopens::XdpSockets => Kept::XdpSockets,
+    let needs = match config.link.reopens() {
+        Reopens::Nothing => Needs::Nothing,
+        Reopens::PacketSockets => Needs::PacketSockets,
+        Reopens::XdpSockets => Needs::XdpSockets,
     };
-    confine(user.as_ref(), kept)?;
+    confine(user.as_ref(), needs)?;
 
     let kept = states.into_iter().zip(remains).collect();
     let crew = Crew::new(&config, identity.as_ref(), kept, (process, links), &stop)?;

@@ -5,7 +5,7 @@
 //!
 //! Always: no new privileges by running programs, and a filter (seccomp) that answers EPERM to what neither daemon ever does: running programs,
 //! making processes, tracing others, mounting, loading code into the kernel. With `--user` also: that user's identity. An ordinary
-//! user keeps no capability, or only what sockets need that have to be opened again: [`Kept`].
+//! user keeps no capability, or only what sockets need that have to be opened again: [`Needs`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,7 +29,7 @@ const CAPABILITIES_MAX: u32 = 64;
 const BPF_MAP_UPDATE_ELEM: u64 = 2;
 const BPF_LINK_CREATE: u64 = 28;
 
-/// What a daemon must not do, whatever happens to it. And bpf(2): see [`Kept`].
+/// What a daemon must not do, whatever happens to it. And bpf(2): see [`Needs`].
 const FORBIDDEN: [i64; 31] = [
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -72,7 +72,7 @@ const FORBIDDEN_OLD: [i64; 0] = [];
 
 /// What a daemon must go on being able to open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
+pub enum Needs {
     /// Nothing: no capability is kept, and bpf(2) is forbidden.
     Nothing,
     /// Packet sockets: CAP_NET_RAW.
@@ -82,12 +82,12 @@ pub enum Kept {
     XdpSockets,
 }
 
-impl Kept {
+impl Needs {
     fn capabilities(self) -> CapabilitySet {
         match self {
-            Kept::Nothing => CapabilitySet::empty(),
-            Kept::PacketSockets => CapabilitySet::NET_RAW,
-            Kept::XdpSockets => CapabilitySet::NET_RAW | CapabilitySet::IPC_LOCK,
+            Needs::Nothing => CapabilitySet::empty(),
+            Needs::PacketSockets => CapabilitySet::NET_RAW,
+            Needs::XdpSockets => CapabilitySet::NET_RAW | CapabilitySet::IPC_LOCK,
         }
     }
 
@@ -95,8 +95,8 @@ impl Kept {
     fn bpf_rules(self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
         let is_not = |command| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, command);
         match self {
-            Kept::Nothing | Kept::PacketSockets => Ok(Vec::new()),
-            Kept::XdpSockets => {
+            Needs::Nothing | Needs::PacketSockets => Ok(Vec::new()),
+            Needs::XdpSockets => {
                 Ok(vec![SeccompRule::new(vec![is_not(BPF_MAP_UPDATE_ELEM)?, is_not(BPF_LINK_CREATE)?])?])
             }
         }
@@ -204,14 +204,14 @@ fn parse_user(passwd: &str, name: &str) -> Option<User> {
     Some(User { name: name.to_owned(), uid: number(2)?, gid: number(3)? })
 }
 
-/// Gives up what is not needed any more, but for what `kept` needs.
+/// Gives up what is not needed any more, but for what `needs` names.
 ///
 /// # Errors
 /// [`ConfineError`]: the daemon is to end, for it would run with more than was asked for.
-pub fn confine(user: Option<&User>, kept: Kept) -> Result<(), ConfineError> {
+pub fn confine(user: Option<&User>, needs: Needs) -> Result<(), ConfineError> {
     let kernel = |what| move |error: rustix::io::Errno| ConfineError::Kernel { what, error: error.into() };
-    let programs = filters(kept).map_err(|error| ConfineError::Filter(error.to_string()))?;
-    let kept = kept.capabilities();
+    let programs = filters(needs).map_err(|error| ConfineError::Filter(error.to_string()))?;
+    let kept = needs.capabilities();
     if let Some(user) = user {
         for bit in 0..CAPABILITIES_MAX {
             let capability = CapabilitySet::from_bits_retain(1 << bit);
@@ -240,13 +240,13 @@ pub fn confine(user: Option<&User>, kept: Kept) -> Result<(), ConfineError> {
 
 /// What is forbidden, and a filter of its own for `clone3`: its flags lie in memory, where no filter looks, so it is said not to exist, and the C
 /// library takes `clone`, of which only threads are allowed.
-fn filters(kept: Kept) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+fn filters(needs: Needs) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let process = SeccompCmpOp::MaskedEq(libc::CLONE_THREAD as u64);
     let process = SeccompCondition::new(0, SeccompCmpArgLen::Qword, process, 0)?;
     let mut forbidden: BTreeMap<i64, Vec<SeccompRule>> =
         FORBIDDEN.iter().chain(&FORBIDDEN_OLD).map(|call| (*call, Vec::new())).collect();
     forbidden.insert(libc::SYS_clone, vec![SeccompRule::new(vec![process])?]);
-    forbidden.insert(libc::SYS_bpf, kept.bpf_rules()?);
+    forbidden.insert(libc::SYS_bpf, needs.bpf_rules()?);
     let unknown = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let filter = |calls, errno: i32| {
         let refused = SeccompAction::Errno(errno as u32);
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn a_confined_thread_runs_no_programs_and_starts_threads_all_the_same() {
         let confined = std::thread::spawn(|| {
-            confine(None, Kept::PacketSockets).unwrap();
+            confine(None, Needs::PacketSockets).unwrap();
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
             std::process::Command::new("true").status()
         });

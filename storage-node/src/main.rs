@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
-use cirro_ctl::confine::{Kept, User, confine};
+use cirro_ctl::confine::{Needs, User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile::{self, KeyFileError};
 use cirro_ctl::publish::{Publisher, Reader};
@@ -68,12 +68,12 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.state_dir.join("owners"))?;
         user.take_folder_of(&config.ctl_socket)?;
     }
-    let kept = match config.link.reopens() {
-        Reopens::Nothing => Kept::Nothing,
-        Reopens::PacketSockets => Kept::PacketSockets,
-        Reopens::XdpSockets => Kept::XdpSockets,
+    let needs = match config.link.reopens() {
+        Reopens::Nothing => Needs::Nothing,
+        Reopens::PacketSockets => Needs::PacketSockets,
+        Reopens::XdpSockets => Needs::XdpSockets,
     };
-    confine(user.as_ref(), kept)?;
+    confine(user.as_ref(), needs)?;
 
     let worker_of = |index: usize| (index % usize::from(config.link.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));
