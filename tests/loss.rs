@@ -20,7 +20,7 @@ pub enum Drop {
 
 /// Replaces what is dropped on its way to the machine. An empty list ends all loss.
 pub fn set(machine: &Machine, drops: &[Drop]) {
-    let (namespace, device, hook) = machine.dropping_place();
+    let (namespace, device, hook) = machine.last_sight();
     // On ingress the kernel has taken the Ethernet header off, so `meta length` counts what follows it; on egress it counts all.
     let header_bytes = if hook == "egress" { 14 } else { 0 };
     let mut rules = String::new();
@@ -50,7 +50,7 @@ pub fn set_both(machines: &[Machine], per_mille: u32) {
 
 /// Frames dropped by the rules that are in force now.
 pub fn dropped(machine: &Machine) -> u64 {
-    let (namespace, device, _) = machine.dropping_place();
+    let (namespace, device, _) = machine.last_sight();
     let listing = namespace.shell(&format!("nft list table netdev loss-{device} 2>/dev/null || true"));
     let words: Vec<&str> = listing.split_whitespace().collect();
     words

@@ -109,9 +109,9 @@ impl Machine {
         words.nth(1).expect("an Ethernet interface has an address").to_owned()
     }
 
-    /// Where frames for this machine can be dropped: a namespace, a device in it, and the hook at which they come by. That is where they arrive, unless
-    /// an XDP program takes them before anybody else sees them: then the bridge drops them, as a switch does.
-    pub(crate) fn dropping_place(&self) -> (&Namespace, &str, &'static str) {
+    /// Where frames for this machine can be seen and dropped: a namespace, a device in it, and the hook at which they come by. That is where they
+    /// arrive, unless an XDP program takes them before anybody else sees them: then it is the bridge's port.
+    pub(crate) fn last_sight(&self) -> (&Namespace, &str, &'static str) {
         match &self.port {
             Some((bridge, port)) if is_xdp() => (bridge, port, "egress"),
             Some(_) | None => (&self.namespace, INTERFACE, "ingress"),

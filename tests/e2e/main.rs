@@ -19,3 +19,4 @@ mod soak;
 mod storage;
 mod tap;
 mod trouble;
+mod xdp;
