@@ -36,7 +36,8 @@ impl Recorder {
     pub fn start(machine: &Machine) -> Recorder {
         let (namespace, device, hook) = machine.last_sight();
         // Who watches frames leave sees those that come as well, which are the machine's own.
-        let leaving = (hook == "egress").then(|| machine.mac().parse::<MacAddress>().expect("ip(8) writes one"));
+        let leaving =
+            (hook == "egress").then(|| machine.mac().parse::<MacAddress>().expect("ip(8) writes one"));
         let kind = if leaving.is_some() { EVERY_KIND } else { ETHERTYPE };
         let socket = namespace.enter(|| PacketSocket::open(device, kind)).expect("root may open one");
         let stop = Arc::new(AtomicBool::new(false));
@@ -61,7 +62,9 @@ fn record(socket: &PacketSocket, leaving: Option<MacAddress>, stop: &AtomicBool)
     };
     loop {
         match socket.receive(&mut buffer).expect("a packet socket can be read") {
-            Some(bytes) if frames.len() < FRAMES_MAX && wanted(&buffer[..bytes]) => frames.push(buffer[..bytes].to_vec()),
+            Some(bytes) if frames.len() < FRAMES_MAX && wanted(&buffer[..bytes]) => {
+                frames.push(buffer[..bytes].to_vec())
+            }
             Some(_) => {}
             None if stop.load(Ordering::Relaxed) => return frames,
             None => {

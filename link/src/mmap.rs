@@ -34,9 +34,8 @@ impl Mapping {
     fn map(fd: i32, bytes: usize, offset: libc::off_t, kind: i32) -> io::Result<Mapping> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), bytes, access, kind | libc::MAP_POPULATE, fd, offset)
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind | libc::MAP_POPULATE, fd, offset) };
         if start == libc::MAP_FAILED {
             Err(io::Error::last_os_error())
         } else {

@@ -55,7 +55,10 @@ fn a_second_daemon_on_the_interface_is_told_who_has_it_and_what_to_do() {
     let second = refusal(&wire.a, INTERFACE, 1);
     assert!(matches!(second, OpenError::Shared { .. }), "{second}");
     let text = second.to_string();
-    assert!(text.contains("ss -xap") && text.contains("--link-mode packet") && !text.contains('\n'), "{text}");
+    assert!(
+        text.contains("ss -xap") && text.contains("--link-mode packet") && !text.contains('\n'),
+        "{text}"
+    );
     let on_packets = |namespace: &Namespace| namespace.enter(|| packet::open(INTERFACE, ETHERTYPE, 1));
     let third = on_packets(&wire.a).map(|_| ()).unwrap_err().to_string();
     assert!(third.contains("--link-mode xdp"), "{third}");
@@ -66,6 +69,20 @@ fn a_second_daemon_on_the_interface_is_told_who_has_it_and_what_to_do() {
     drop(first);
     let again = open_one(&wire.a);
     assert!(again.is_open());
+}
+
+#[test]
+fn a_program_of_somebody_else_is_left_where_it_is() {
+    let (wire, other) = (VethPair::new(1500), Namespace::new());
+    let elsewhere = open_one(&wire.a);
+    // The interface takes its program with it into a network namespace in which nobody of ours is.
+    wire.a.run(&format!("ip link set {INTERFACE} netns {}", other.name()));
+    other.run(&format!("ip link set {INTERFACE} up"));
+    let error = refusal(&other, INTERFACE, 1);
+    assert!(matches!(error, OpenError::Programmed { .. }), "{error}");
+    assert!(program(&other, INTERFACE).contains("xdp"));
+    drop(elsewhere);
+    assert!(open_one(&other).is_open());
 }
 
 #[test]
@@ -205,7 +222,8 @@ fn on_an_interface_whose_driver_runs_no_program_the_stack_does() {
         end.run(&format!("ip link add link {INTERFACE} name upper0 type macvlan mode private"));
         end.run("ip link set upper0 up");
     }
-    let on_upper = |end: &Namespace| end.enter(|| xdp::open("upper0", ETHERTYPE, 1, false).unwrap().1.remove(0));
+    let on_upper =
+        |end: &Namespace| end.enter(|| xdp::open("upper0", ETHERTYPE, 1, false).unwrap().1.remove(0));
     let (mut a, mut b) = (on_upper(&wire.a), on_upper(&wire.b));
     assert!(program(&wire.a, "upper0").starts_with("xdpgeneric"));
     for len in [60, 1500, 3822, 3823, 8996] {

@@ -371,8 +371,7 @@ impl Port {
     pub(super) fn take_dropped(&mut self) -> u64 {
         // struct xdp_statistics: rx_dropped (no chunk), rx_invalid_descs, tx_invalid_descs, rx_ring_full, …: eight bytes each.
         let mut words = [0; 12];
-        let asked =
-            kernel::get_option(self.socket.as_fd(), libc::SOL_XDP, libc::XDP_STATISTICS, &mut words);
+        let asked = kernel::get_option(self.socket.as_fd(), libc::SOL_XDP, libc::XDP_STATISTICS, &mut words);
         let counter = |at: usize| u64::from(words[2 * at]) | u64::from(words[2 * at + 1]) << 32;
         let dropped = if asked.is_ok() { counter(0) + counter(3) } else { self.dropped };
         dropped - std::mem::replace(&mut self.dropped, dropped)
@@ -417,15 +416,13 @@ fn register(fd: BorrowedFd<'_>, memory: &Mapping, geometry: Geometry) -> Result<
         tx_metadata_len: 0,
     };
     let told = kernel::set_option(fd, libc::SOL_XDP, libc::XDP_UMEM_REG, &memory);
-    step("memory for frames (CAP_IPC_LOCK, or a limit of locked memory of 16 MiB for each worker, is needed)")(told)
+    step("memory for frames (CAP_IPC_LOCK, or a limit of locked memory of 16 MiB for each worker, is needed)")(
+        told,
+    )
 }
 
 fn bind_step(geometry: Geometry) -> &'static str {
-    if geometry.several {
-        "bind to a queue (an MTU above 3826 needs Linux 6.6)"
-    } else {
-        "bind to a queue"
-    }
+    if geometry.several { "bind to a queue (an MTU above 3826 needs Linux 6.6)" } else { "bind to a queue" }
 }
 
 /// Where the parts of the four rings lie: struct xdp_mmap_offsets, receive, send, fill and completion ring.

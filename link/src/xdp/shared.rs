@@ -5,7 +5,7 @@
 //! they have lost the interface; never per frame.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,6 +19,9 @@ use crate::OpenError;
 use crate::claim::claim;
 use crate::facts::Facts;
 use crate::sys as kernel;
+
+/// Tries that find what was left by ourselves, before that is worth a word.
+const LEFTOVER_TRIES: u32 = 8;
 
 /// The part of the workers that is common.
 #[derive(Debug)]
@@ -78,7 +81,7 @@ impl Shared {
         }
         let needs = "XDP program (CAP_BPF and CAP_NET_ADMIN are needed, and Linux 5.18)";
         let map = sys::new_socket_map(workers.into()).map_err(failed(needs))?;
-        let program = sys::load(&frames_of(ethertype, number(&map))).map_err(failed(needs))?;
+        let program = sys::load(&frames_of(ethertype, map.as_raw_fd())).map_err(failed(needs))?;
         Ok(Shared {
             interface: interface.to_owned(),
             copy,
@@ -181,16 +184,15 @@ impl Shared {
         }
     }
 
-    /// Says what keeps it from being opened, a lasting failure less and less often. That it is not there, or what is left of our own socket not
-    /// yet gone, is no news.
+    /// Says what keeps it from being opened, a lasting failure less and less often. That it is not there is no news, nor that the kernel has not let
+    /// go of our last socket yet.
     pub(super) fn say_failed(&self, error: &OpenError) {
-        match error {
-            OpenError::NoInterface { .. } | OpenError::Down { .. } => return,
-            OpenError::Kernel { cause, .. } if is_busy(cause) => {}
-            _ => {}
+        if matches!(error, OpenError::NoInterface { .. } | OpenError::Down { .. }) {
+            return;
         }
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        if failures.is_power_of_two() && failures > 4 {
+        let passes = may_pass(error) && failures < LEFTOVER_TRIES;
+        if failures.is_power_of_two() && !passes {
             log::warn!("{error} (try {failures})");
         }
     }
@@ -198,10 +200,6 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, Attached> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn number(fd: &OwnedFd) -> i32 {
-    std::os::fd::AsRawFd::as_raw_fd(fd)
 }
 
 /// True if somebody else has the place: another program, or a socket on the queue.

@@ -180,9 +180,8 @@ pub(super) fn bind(fd: BorrowedFd<'_>, interface: u32, queue: u32, flags: u16) -
 /// Has the kernel send what lies in the ring. In copy mode it does so during the call.
 pub(super) fn wake_for_sending(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no buffer, no address.
-    let result = unsafe {
-        libc::sendto(fd.as_raw_fd(), std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0)
-    };
+    let result =
+        unsafe { libc::sendto(fd.as_raw_fd(), std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

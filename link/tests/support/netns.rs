@@ -31,6 +31,11 @@ impl Namespace {
         namespace
     }
 
+    /// What `ip netns` calls it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Runs a command line (split at spaces) inside.
     ///
     /// # Panics
