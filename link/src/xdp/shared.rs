@@ -209,9 +209,6 @@ fn is_busy(error: &io::Error) -> bool {
 
 /// True if opening may succeed a moment later: what a process had that just ended is let go of by the kernel in its own time.
 pub(super) fn may_pass(error: &OpenError) -> bool {
-    match error {
-        OpenError::Programmed { .. } => true,
-        OpenError::Kernel { cause, .. } => is_busy(cause),
-        _ => false,
-    }
+    let busy = matches!(error, OpenError::Kernel { cause, .. } if is_busy(cause));
+    busy || matches!(error, OpenError::Programmed { .. })
 }
