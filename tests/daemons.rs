@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use cirro_ctl::report::{BackendReport, NodeReport, Report, WorkerCounters};
 use cirro_ctl::request::Request;
 use cirro_ctl::{client, keyfile};
+use cirro_link::any::Mode;
 use cirro_protocol::types::PublicKey;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -361,12 +362,14 @@ fn time_of_day(line: &str) -> Option<u128> {
     Some(seconds * 1000 + number(20..23)?)
 }
 
-/// True if the tests are to run over UDP: `CIRRO_LINK_MODE=udp`.
-pub fn link_mode_is_udp() -> bool {
-    match std::env::var("CIRRO_LINK_MODE").as_deref() {
-        Err(_) | Ok("packet") => false,
-        Ok("udp") => true,
-        Ok(other) => panic!("CIRRO_LINK_MODE is {other:?}: packet or udp"),
+/// What carries frames in the tests: `CIRRO_LINK_MODE`, packet sockets unless it says something else.
+///
+/// # Panics
+/// There is no such mode.
+pub fn link_mode() -> Mode {
+    match std::env::var("CIRRO_LINK_MODE") {
+        Err(_) => Mode::default(),
+        Ok(name) => name.parse().unwrap_or_else(|error| panic!("CIRRO_LINK_MODE is {name:?}: {error}")),
     }
 }
 
@@ -476,8 +479,10 @@ impl<'a> Launch<'a> {
                 command.args(["--node-key", &scratch.key("node").1.to_string()]);
             }
         }
-        if link_mode_is_udp() {
-            command.args(["--link-mode", "udp"]);
+        if link_mode() != Mode::default() {
+            command.args(["--link-mode", link_mode().name()]);
+        }
+        if link_mode() == Mode::Udp {
             let others = ADDRESSES.iter().filter(|address| **address != machine.address());
             others.for_each(|address| _ = command.args(["--udp-peer", address]));
         }

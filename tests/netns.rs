@@ -7,9 +7,12 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Once};
 
+use cirro_link::any::Mode;
+
+use crate::daemons::link_mode;
 use crate::sys;
 
 /// With the process id after it, what every name of ours on this machine begins with.
@@ -84,6 +87,8 @@ impl Drop for Namespace {
 pub struct Machine {
     namespace: Namespace,
     address: &'static str,
+    /// Where the other end of its wire is, and what it is called there, if that is a bridge.
+    port: Option<(Arc<Namespace>, String)>,
 }
 
 impl Machine {
@@ -104,12 +109,31 @@ impl Machine {
         words.nth(1).expect("an Ethernet interface has an address").to_owned()
     }
 
+    /// Where frames for this machine can be seen and dropped: a namespace, a device in it, and the hook at which they come by. That is where they
+    /// arrive, unless an XDP program takes them before anybody else sees them: then it is the bridge's port.
+    pub(crate) fn last_sight(&self) -> (&Namespace, &str, &'static str) {
+        match &self.port {
+            Some((bridge, port)) if is_xdp() => (bridge, port, "egress"),
+            Some(_) | None => (&self.namespace, INTERFACE, "ingress"),
+        }
+    }
+
     /// Switches what the kernel does to save TCP and UDP from cutting their own segments.
     pub fn set_segmentation_offload(&self, on: bool) {
         let state = if on { "on" } else { "off" };
         self.namespace.shell(&format!(
             "ethtool -K {INTERFACE} tso {state} gso {state} gro {state} tx-udp-segmentation {state}"
         ));
+    }
+
+    /// Puts a wire from the machine to its port of a bridge.
+    fn plug(&self, mtu: u32) {
+        let (there, (bridge, port)) = (&self.namespace.name, self.port.as_ref().expect("it has one"));
+        let here = &bridge.name;
+        run(&format!(
+            "ip -n {there} link add {INTERFACE} mtu {mtu} type veth peer name {port} mtu {mtu} netns {here}"
+        ));
+        run(&format!("ip -n {here} link set {port} master bridge0 up"));
     }
 
     fn finish(&self) {
@@ -126,12 +150,15 @@ impl Machine {
 pub struct Lab {
     /// In the order of [`ADDRESSES`].
     machines: Vec<Machine>,
-    bridge: Option<Namespace>,
+    bridge: Option<Arc<Namespace>>,
 }
 
 impl Lab {
-    /// Two machines joined by a veth pair: the VM host and the storage machine.
+    /// Two machines joined by a veth pair: the VM host and the storage machine. Over AF_XDP there is a bridge between them, which can lose frames.
     pub fn pair(mtu: u32) -> Lab {
+        if is_xdp() {
+            return Lab::bridged(2, mtu);
+        }
         let machines = vec![machine(0, "host"), machine(1, "store")];
         let (host, store) = (&machines[0].namespace.name, &machines[1].namespace.name);
         run(&format!(
@@ -140,29 +167,31 @@ impl Lab {
         Lab { machines, bridge: None }.up()
     }
 
-    /// Takes both interfaces of a pair away and puts new ones, with other addresses, in their place.
+    /// Takes the interfaces of both machines away and puts new ones, with other addresses, in their place.
     pub fn replace_wire(&self, mtu: u32) {
         let (host, store) = (&self.machines[0].namespace.name, &self.machines[1].namespace.name);
-        run(&format!("ip -n {host} link del {INTERFACE}"));
+        let wires = if self.bridge.is_some() { &self.machines[..] } else { &self.machines[..1] };
+        wires.iter().for_each(|end| _ = run(&format!("ip -n {} link del {INTERFACE}", end.namespace.name)));
         std::thread::sleep(std::time::Duration::from_millis(300));
-        run(&format!(
-            "ip -n {host} link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} mtu {mtu} netns {store}"
-        ));
+        if self.bridge.is_some() {
+            self.machines.iter().for_each(|machine| machine.plug(mtu));
+        } else {
+            run(&format!(
+                "ip -n {host} link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} mtu {mtu} netns {store}"
+            ));
+        }
         self.machines.iter().for_each(Machine::finish);
     }
 
     /// `count` machines on a bridge, which is in a namespace of its own.
     pub fn bridged(count: usize, mtu: u32) -> Lab {
-        let bridge = Namespace::new("bridge");
+        let bridge = Arc::new(Namespace::new("bridge"));
         run(&format!("ip -n {} link add bridge0 mtu {mtu} type bridge forward_delay 0", bridge.name));
         run(&format!("ip -n {} link set bridge0 up", bridge.name));
-        let machines: Vec<Machine> = (0..count).map(|index| machine(index, "m")).collect();
-        for (index, machine) in machines.iter().enumerate() {
-            let (there, here) = (&machine.namespace.name, &bridge.name);
-            run(&format!(
-                "ip -n {there} link add {INTERFACE} mtu {mtu} type veth peer name port{index} mtu {mtu} netns {here}"
-            ));
-            run(&format!("ip -n {here} link set port{index} master bridge0 up"));
+        let mut machines: Vec<Machine> = (0..count).map(|index| machine(index, "m")).collect();
+        for (index, machine) in machines.iter_mut().enumerate() {
+            machine.port = Some((Arc::clone(&bridge), format!("port{index}")));
+            machine.plug(mtu);
         }
         Lab { machines, bridge: Some(bridge) }.up()
     }
@@ -202,7 +231,7 @@ impl Lab {
 
     /// Where the bridge is, if there is one; its ports are `port0`, `port1`, ….
     pub fn bridge(&self) -> Option<&Namespace> {
-        self.bridge.as_ref()
+        self.bridge.as_deref()
     }
 }
 
@@ -210,7 +239,11 @@ impl Lab {
 pub const ADDRESSES: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
 
 fn machine(index: usize, label: &str) -> Machine {
-    Machine { namespace: Namespace::new(label), address: ADDRESSES[index] }
+    Machine { namespace: Namespace::new(label), address: ADDRESSES[index], port: None }
+}
+
+fn is_xdp() -> bool {
+    matches!(link_mode(), Mode::Xdp | Mode::XdpCopy)
 }
 
 /// Removes the namespaces of test processes that are gone.

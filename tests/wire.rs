@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cirro_protocol::types::MacAddress;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::daemons::run_on_processor;
@@ -15,6 +16,8 @@ use crate::sys::PacketSocket;
 
 /// The EtherType the daemons use by default.
 pub const ETHERTYPE: u16 = 0x88B5;
+/// Stands for all EtherTypes (ETH_P_ALL, linux/if_ether.h).
+const EVERY_KIND: u16 = 3;
 /// Frames a recorder keeps; it forgets what follows.
 const FRAMES_MAX: usize = 100_000;
 
@@ -31,10 +34,15 @@ impl Recorder {
     /// # Panics
     /// The socket cannot be had.
     pub fn start(machine: &Machine) -> Recorder {
-        let socket = socket(machine);
+        let (namespace, device, hook) = machine.last_sight();
+        // Who watches frames leave sees those that come as well, which are the machine's own.
+        let leaving =
+            (hook == "egress").then(|| machine.mac().parse::<MacAddress>().expect("ip(8) writes one"));
+        let kind = if leaving.is_some() { EVERY_KIND } else { ETHERTYPE };
+        let socket = namespace.enter(|| PacketSocket::open(device, kind)).expect("root may open one");
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        Recorder { stop, thread: std::thread::spawn(move || record(&socket, &stopped)) }
+        Recorder { stop, thread: std::thread::spawn(move || record(&socket, leaving, &stopped)) }
     }
 
     /// Ends, and gives the frames in the order of their arrival.
@@ -47,11 +55,16 @@ impl Recorder {
     }
 }
 
-fn record(socket: &PacketSocket, stop: &AtomicBool) -> Vec<Vec<u8>> {
+fn record(socket: &PacketSocket, leaving: Option<MacAddress>, stop: &AtomicBool) -> Vec<Vec<u8>> {
     let (mut frames, mut buffer) = (Vec::new(), vec![0; 70_000]);
+    let wanted = |frame: &[u8]| {
+        leaving.is_none_or(|own| frame[6..12] != own.0 && frame[12..14] == ETHERTYPE.to_be_bytes())
+    };
     loop {
         match socket.receive(&mut buffer).expect("a packet socket can be read") {
-            Some(bytes) if frames.len() < FRAMES_MAX => frames.push(buffer[..bytes].to_vec()),
+            Some(bytes) if frames.len() < FRAMES_MAX && wanted(&buffer[..bytes]) => {
+                frames.push(buffer[..bytes].to_vec())
+            }
             Some(_) => {}
             None if stop.load(Ordering::Relaxed) => return frames,
             None => {

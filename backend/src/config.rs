@@ -57,7 +57,7 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     pub link_fd: Option<RawFd>,
     /// How frames are carried [default: packet].
-    #[arg(long, value_name = "packet|udp")]
+    #[arg(long, value_name = "packet|udp|xdp|xdp-copy")]
     pub link_mode: Option<Mode>,
     /// With --link-mode udp: the IPv4 address of a machine to ask who serves a volume. Can be given many times.
     #[arg(long = "udp-peer", value_name = "IPV4")]

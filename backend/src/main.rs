@@ -21,12 +21,12 @@ use cirro_backend::server::{DiskServer, Listening, run_worker};
 use cirro_backend::state::State;
 use cirro_backend::stats::{DiskStats, WorkerStats};
 use cirro_backend::worker::Worker;
-use cirro_ctl::confine::{User, confine};
+use cirro_ctl::confine::{Needs, User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile;
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::any::{self, AnyLink};
+use cirro_link::any::{self, AnyLink, Reopens};
 use cirro_link::stack::{Stack, stack};
 use cirro_link::taps::{Taps, Way};
 use cirro_link::{Link, clock, random};
@@ -71,7 +71,12 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.run_dir)?;
         config.ctl_socket.iter().try_for_each(|path| user.take_folder_of(path))?;
     }
-    confine(user.as_ref(), config.link.reopens_packet_sockets())?;
+    let needs = match config.link.reopens() {
+        Reopens::Nothing => Needs::Nothing,
+        Reopens::PacketSockets => Needs::PacketSockets,
+        Reopens::XdpSockets => Needs::XdpSockets,
+    };
+    confine(user.as_ref(), needs)?;
 
     let kept = states.into_iter().zip(remains).collect();
     let crew = Crew::new(&config, identity.as_ref(), kept, (process, links), &stop)?;

@@ -5,7 +5,7 @@
 //!
 //! Always: no new privileges by running programs, and a filter (seccomp) that answers EPERM to what neither daemon ever does: running programs,
 //! making processes, tracing others, mounting, loading code into the kernel. With `--user` also: that user's identity. An ordinary
-//! user keeps no capability, or only the one that packet sockets need, where those have to be opened again.
+//! user keeps no capability, or only what sockets need that have to be opened again: [`Needs`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,8 +25,12 @@ use seccompiler::{
 /// Capabilities that this kernel may know: more are tried, and the first that it does not know ends the list.
 const CAPABILITIES_MAX: u32 = 64;
 
-/// What a daemon must not do, whatever happens to it.
-const FORBIDDEN: [i64; 32] = [
+/// Commands of bpf(2) that load nothing: to put something into a map that is there, and to attach a program that is there (enum bpf_cmd).
+const BPF_MAP_UPDATE_ELEM: u64 = 2;
+const BPF_LINK_CREATE: u64 = 28;
+
+/// What a daemon must not do, whatever happens to it. And bpf(2): see [`Needs`].
+const FORBIDDEN: [i64; 31] = [
     libc::SYS_execve,
     libc::SYS_execveat,
     libc::SYS_ptrace,
@@ -45,7 +49,6 @@ const FORBIDDEN: [i64; 32] = [
     libc::SYS_open_by_handle_at,
     libc::SYS_setns,
     libc::SYS_unshare,
-    libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
     libc::SYS_init_module,
@@ -66,6 +69,39 @@ const FORBIDDEN: [i64; 32] = [
 const FORBIDDEN_OLD: [i64; 2] = [libc::SYS_fork, libc::SYS_vfork];
 #[cfg(not(target_arch = "x86_64"))]
 const FORBIDDEN_OLD: [i64; 0] = [];
+
+/// What a daemon must go on being able to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing: no capability is kept, and bpf(2) is forbidden.
+    Nothing,
+    /// Packet sockets: CAP_NET_RAW.
+    PacketSockets,
+    /// AF_XDP sockets: CAP_NET_RAW; CAP_IPC_LOCK, for the kernel counts their memory as locked; and the two commands of bpf(2) that make use of the
+    /// program and the map that are there. No other can be made.
+    XdpSockets,
+}
+
+impl Needs {
+    fn capabilities(self) -> CapabilitySet {
+        match self {
+            Needs::Nothing => CapabilitySet::empty(),
+            Needs::PacketSockets => CapabilitySet::NET_RAW,
+            Needs::XdpSockets => CapabilitySet::NET_RAW | CapabilitySet::IPC_LOCK,
+        }
+    }
+
+    /// When bpf(2) is forbidden: any of these, and always if there are none.
+    fn bpf_rules(self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+        let is_not = |command| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, command);
+        match self {
+            Needs::Nothing | Needs::PacketSockets => Ok(Vec::new()),
+            Needs::XdpSockets => {
+                Ok(vec![SeccompRule::new(vec![is_not(BPF_MAP_UPDATE_ELEM)?, is_not(BPF_LINK_CREATE)?])?])
+            }
+        }
+    }
+}
 
 /// A user as `/etc/passwd` knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,13 +204,14 @@ fn parse_user(passwd: &str, name: &str) -> Option<User> {
     Some(User { name: name.to_owned(), uid: number(2)?, gid: number(3)? })
 }
 
-/// Gives up what is not needed any more. `keeps_packet_sockets`: one may have to be opened again.
+/// Gives up what is not needed any more, but for what `needs` names.
 ///
 /// # Errors
 /// [`ConfineError`]: the daemon is to end, for it would run with more than was asked for.
-pub fn confine(user: Option<&User>, keeps_packet_sockets: bool) -> Result<(), ConfineError> {
+pub fn confine(user: Option<&User>, needs: Needs) -> Result<(), ConfineError> {
     let kernel = |what| move |error: rustix::io::Errno| ConfineError::Kernel { what, error: error.into() };
-    let kept = if keeps_packet_sockets { CapabilitySet::NET_RAW } else { CapabilitySet::empty() };
+    let programs = filters(needs).map_err(|error| ConfineError::Filter(error.to_string()))?;
+    let kept = needs.capabilities();
     if let Some(user) = user {
         for bit in 0..CAPABILITIES_MAX {
             let capability = CapabilitySet::from_bits_retain(1 << bit);
@@ -195,7 +232,7 @@ pub fn confine(user: Option<&User>, keeps_packet_sockets: bool) -> Result<(), Co
         set_capabilities(None, sets).map_err(kernel("drop capabilities"))?;
     }
     set_no_new_privs(true).map_err(kernel("renounce new privileges"))?;
-    for program in filters().map_err(|error| ConfineError::Filter(error.to_string()))? {
+    for program in programs {
         seccompiler::apply_filter(&program).map_err(|error| ConfineError::Filter(error.to_string()))?;
     }
     Ok(())
@@ -203,12 +240,13 @@ pub fn confine(user: Option<&User>, keeps_packet_sockets: bool) -> Result<(), Co
 
 /// What is forbidden, and a filter of its own for `clone3`: its flags lie in memory, where no filter looks, so it is said not to exist, and the C
 /// library takes `clone`, of which only threads are allowed.
-fn filters() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+fn filters(needs: Needs) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let process = SeccompCmpOp::MaskedEq(libc::CLONE_THREAD as u64);
     let process = SeccompCondition::new(0, SeccompCmpArgLen::Qword, process, 0)?;
     let mut forbidden: BTreeMap<i64, Vec<SeccompRule>> =
         FORBIDDEN.iter().chain(&FORBIDDEN_OLD).map(|call| (*call, Vec::new())).collect();
     forbidden.insert(libc::SYS_clone, vec![SeccompRule::new(vec![process])?]);
+    forbidden.insert(libc::SYS_bpf, needs.bpf_rules()?);
     let unknown = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let filter = |calls, errno: i32| {
         let refused = SeccompAction::Errno(errno as u32);
@@ -239,7 +277,7 @@ mod tests {
     #[test]
     fn a_confined_thread_runs_no_programs_and_starts_threads_all_the_same() {
         let confined = std::thread::spawn(|| {
-            confine(None, true).unwrap();
+            confine(None, Needs::PacketSockets).unwrap();
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
             std::process::Command::new("true").status()
         });

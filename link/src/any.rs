@@ -13,6 +13,7 @@ use cirro_protocol::types::MacAddress;
 use crate::inherited;
 use crate::packet::{self, PacketLink};
 use crate::udp::{self, UdpLink};
+use crate::xdp::{self, XdpLink};
 use crate::{Drops, FrameId, Link, OpenError, Received, TxFrame};
 
 /// How frames are carried.
@@ -23,6 +24,10 @@ pub enum Mode {
     Packet,
     /// As UDP datagrams over IPv4: across routers.
     Udp,
+    /// By AF_XDP sockets: any Ethernet segment, before the kernel makes anything of a frame. The card uses our memory itself, if it can.
+    Xdp,
+    /// The same, and frames are copied whatever the card can do.
+    XdpCopy,
 }
 
 /// A name that is no [`Mode`]'s.
@@ -32,13 +37,24 @@ pub struct BadMode;
 
 impl Mode {
     /// Every mode.
-    pub const ALL: [Mode; 2] = [Mode::Packet, Mode::Udp];
+    pub const ALL: [Mode; 4] = [Mode::Packet, Mode::Udp, Mode::Xdp, Mode::XdpCopy];
 
     /// Its name for operators.
     pub const fn name(self) -> &'static str {
         match self {
             Mode::Packet => "packet",
             Mode::Udp => "udp",
+            Mode::Xdp => "xdp",
+            Mode::XdpCopy => "xdp-copy",
+        }
+    }
+
+    /// What may have to be opened again when the interface has been away.
+    pub const fn reopens(self, workers: u16) -> Reopens {
+        match self {
+            Mode::Packet if workers > 1 => Reopens::PacketSockets,
+            Mode::Packet | Mode::Udp => Reopens::Nothing,
+            Mode::Xdp | Mode::XdpCopy => Reopens::XdpSockets,
         }
     }
 }
@@ -51,6 +67,17 @@ impl FromStr for Mode {
     }
 }
 
+/// Sockets that are opened anew when an interface has been away, and so what a process must still be allowed to do when it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reopens {
+    /// None: they are bound again, or bound to no interface.
+    Nothing,
+    /// Packet sockets, whose fan-out group has to be made anew.
+    PacketSockets,
+    /// AF_XDP sockets, with memory that is not moved, and the attachment of their program.
+    XdpSockets,
+}
+
 /// The link of one worker, of any kind.
 #[derive(Debug)]
 pub enum AnyLink {
@@ -58,6 +85,8 @@ pub enum AnyLink {
     Packet(PacketLink),
     /// [`Mode::Udp`].
     Udp(UdpLink),
+    /// [`Mode::Xdp`] and [`Mode::XdpCopy`].
+    Xdp(XdpLink),
 }
 
 /// What an operator says of a link.
@@ -82,10 +111,10 @@ pub enum BadSettings {
     #[error("link-mode: {0}")]
     Mode(#[from] BadMode),
     /// Peers were given to a link that needs none.
-    #[error("--udp-peer needs --link-mode udp: with packet sockets the whole segment is asked")]
+    #[error("--udp-peer needs --link-mode udp: on a segment everybody is asked")]
     PeersUnused,
-    /// A descriptor was given to a link that opens its sockets without privileges.
-    #[error("--link-fd needs --link-mode packet: a UDP socket needs no privilege, and is opened here")]
+    /// A descriptor was given to a link of another kind.
+    #[error("--link-fd needs --link-mode packet: it is a packet socket")]
     FdUnused,
     /// A descriptor that is one of the standard streams.
     #[error("link-fd is {0}: it must be 3 or more: 0 to 2 are standard input, output and error")]
@@ -122,9 +151,9 @@ impl Settings {
         Ok(Settings { interface, mode, udp_peers, fd, workers })
     }
 
-    /// True if packet sockets are opened anew when the interface has been away, for which CAP_NET_RAW is needed.
-    pub fn reopens_packet_sockets(&self) -> bool {
-        self.mode == Mode::Packet && self.workers > 1
+    /// What may have to be opened again when the interface has been away.
+    pub const fn reopens(&self) -> Reopens {
+        self.mode.reopens(self.workers)
     }
 }
 
@@ -149,6 +178,10 @@ pub fn open(settings: &Settings, ethertype: u16) -> Result<(u16, Vec<AnyLink>), 
             let (process, links) = udp::open(interface, ethertype, *workers, udp_peers)?;
             Ok((process, links.into_iter().map(AnyLink::Udp).collect()))
         }
+        Mode::Xdp | Mode::XdpCopy => {
+            let (process, links) = xdp::open(interface, ethertype, *workers, *mode == Mode::XdpCopy)?;
+            Ok((process, links.into_iter().map(AnyLink::Xdp).collect()))
+        }
     }
 }
 
@@ -158,6 +191,7 @@ macro_rules! each {
         match $any {
             AnyLink::Packet($link) => $call,
             AnyLink::Udp($link) => $call,
+            AnyLink::Xdp($link) => $call,
         }
     };
 }
@@ -230,7 +264,7 @@ mod tests {
         }
         assert_eq!("packet".parse::<Mode>().unwrap(), Mode::default());
         let error = "pigeon".parse::<Mode>().unwrap_err().to_string();
-        assert!(error.starts_with("no such link mode; there are: packet, udp"), "{error}");
+        assert!(error.starts_with("no such link mode; there are: packet, udp, xdp, xdp-copy"), "{error}");
     }
 
     #[test]
@@ -243,7 +277,9 @@ mod tests {
         assert_eq!(new(None, Some("udp"), &[peer]).unwrap().udp_peers, [peer]);
         assert_eq!(new(Some(Mode::Packet), Some("udp"), &[]).unwrap().mode, Mode::Packet);
         assert!(new(None, Some("pigeon"), &[]).unwrap_err().to_string().starts_with("link-mode: no such"));
-        assert!(new(None, None, &[peer]).unwrap_err().to_string().contains("--link-mode udp"));
+        for mode in [Mode::Packet, Mode::Xdp] {
+            assert!(new(Some(mode), None, &[peer]).unwrap_err().to_string().contains("--link-mode udp"));
+        }
     }
 
     #[test]
@@ -255,5 +291,13 @@ mod tests {
         assert!(refused(Mode::Packet, 3, 2).contains("--workers 1"));
         assert!(refused(Mode::Packet, 2, 1).contains("link-fd is 2: it must be 3 or more"));
         assert!(refused(Mode::Udp, 3, 1).contains("--link-mode packet"));
+        assert!(refused(Mode::Xdp, 3, 1).contains("--link-mode packet"));
+    }
+
+    #[test]
+    fn only_what_has_to_be_opened_again_is_kept_for() {
+        let reopens = Mode::ALL.map(|mode| [mode.reopens(1), mode.reopens(2)]);
+        let (nothing, packet, xdp) = (Reopens::Nothing, Reopens::PacketSockets, Reopens::XdpSockets);
+        assert_eq!(reopens, [[nothing, packet], [nothing, nothing], [xdp, xdp], [xdp, xdp]]);
     }
 }

@@ -49,6 +49,21 @@ impl Run {
         Run { start: bytes.as_ptr(), len: bytes.len() }
     }
 
+    /// Names borrowed bytes, for a copy that is made before the borrow ends.
+    pub(crate) const fn of_borrowed(bytes: &[u8]) -> Run {
+        Run { start: bytes.as_ptr(), len: bytes.len() }
+    }
+
+    /// The first `len` bytes, and the rest.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn split_at(self, len: usize) -> (Run, Run) {
+        assert!(len <= self.len, "{len} of {} bytes", self.len);
+        let rest = Run { start: self.start.wrapping_add(len), len: self.len - len };
+        (Run { start: self.start, len }, rest)
+    }
+
     /// Address of the first byte.
     pub const fn start(&self) -> *const u8 {
         self.start

@@ -7,6 +7,7 @@ pub mod any;
 mod claim;
 pub mod clock;
 mod drops;
+mod facts;
 pub mod faults;
 mod frame;
 pub mod inherited;
@@ -24,6 +25,7 @@ pub mod taps;
 pub mod udp;
 mod vectors;
 pub mod wait;
+pub mod xdp;
 
 use cirro_protocol::time::Instant;
 use cirro_protocol::types::MacAddress;

@@ -1,4 +1,5 @@
-//! Memory mapped from a file descriptor, unmapped when dropped. The kernel writes to it while we look: it is never a reference.
+//! Memory that the kernel shares with us, mapped from a file descriptor or of our own, unmapped when dropped. The kernel writes to it while we
+//! look: it is never a reference.
 //!
 //! Knows addresses and bounds; does not know what a packet ring is.
 #![allow(unsafe_code, reason = "a mapping is reached by pointers; each access is bounded here")]
@@ -7,7 +8,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A shared mapping of a descriptor.
+use crate::frame::Run;
+
+/// A mapping.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: *mut u8,
@@ -18,24 +21,31 @@ pub(crate) struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes` of `fd`, shared, for reading and writing.
-    pub(crate) fn new(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<Mapping> {
+    /// Maps `bytes` of `fd` from `offset` on, shared, for reading and writing.
+    pub(crate) fn new(fd: BorrowedFd<'_>, bytes: usize, offset: libc::off_t) -> io::Result<Mapping> {
+        Mapping::map(fd.as_raw_fd(), bytes, offset, libc::MAP_SHARED)
+    }
+
+    /// New memory, all zeroes.
+    pub(crate) fn anonymous(bytes: usize) -> io::Result<Mapping> {
+        Mapping::map(-1, bytes, 0, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+    }
+
+    fn map(fd: i32, bytes: usize, offset: libc::off_t, kind: i32) -> io::Result<Mapping> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_POPULATE,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind | libc::MAP_POPULATE, fd, offset) };
         if start == libc::MAP_FAILED {
             Err(io::Error::last_os_error())
         } else {
             Ok(Mapping { start: start.cast(), bytes })
         }
+    }
+
+    /// Its address and length, for telling the kernel.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        (self.start as u64, self.bytes as u64)
     }
 
     /// The word at `offset`, as the kernel shares it: its release of a slot is ordered before what this load sees.
@@ -67,6 +77,28 @@ impl Mapping {
         let at = unsafe { self.start.add(offset) };
         // SAFETY: readable and, as bytes, of any value; unaligned reads are meant.
         unsafe { at.cast::<[u8; N]>().read_unaligned() }
+    }
+
+    /// Writes `bytes` at `offset`, where the kernel neither reads nor writes now.
+    #[inline]
+    pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) {
+        self.write_run(offset, Run::of_borrowed(bytes));
+    }
+
+    /// The same with bytes that may change meanwhile.
+    #[inline]
+    pub(crate) fn write_run(&mut self, offset: usize, run: Run) {
+        let len = run.len();
+        assert!(
+            offset <= self.bytes && len <= self.bytes - offset,
+            "{len} bytes at {offset} of {}",
+            self.bytes
+        );
+        // SAFETY: in bounds, as just checked.
+        let at = unsafe { self.start.add(offset) };
+        // SAFETY: the source is readable by the promise of `Run::new`; the destination is in bounds, and no slice of it lives, for `self` is
+        // borrowed mutably; runs lie outside of the mapping, of which nobody else has the address.
+        unsafe { std::ptr::copy_nonoverlapping(run.start(), at, len) };
     }
 
     /// The `len` bytes at `offset` while the slot they are in is ours: the kernel does not write to a slot before it was given back.

@@ -36,7 +36,9 @@ pub enum OpenError {
         interface: String,
     },
     /// As many processes as can share the interface do so already, or another one took our number on an interface that came back.
-    #[error("no process number is free on interface {interface}: at most {most} daemons share one")]
+    #[error(
+        "no process number is free on interface {interface}: at most {most} daemons share one, and none shares it with one of --link-mode xdp"
+    )]
     NoProcessNumber {
         /// Its name.
         interface: String,
@@ -48,6 +50,36 @@ pub enum OpenError {
     NoAddress {
         /// Its name.
         interface: String,
+    },
+    /// AF_XDP takes every frame of ours, and another daemon is there.
+    #[error(
+        "another daemon uses interface {interface} (`ss -xap | grep cirro-` names it), and with --link-mode xdp one has it to itself: stop that one, \
+         serve everything by one, or use --link-mode packet"
+    )]
+    Shared {
+        /// Its name.
+        interface: String,
+    },
+    /// Somebody else has an XDP program there.
+    #[error(
+        "interface {interface} has the XDP program of somebody else (`ip -d link show dev {interface}` names it): end who attached it, or use \
+         --link-mode packet"
+    )]
+    Programmed {
+        /// Its name.
+        interface: String,
+    },
+    /// A queue for each worker is needed.
+    #[error(
+        "interface {interface} has {queues} receive queues, too few for {workers} workers: --workers {queues}, or `ethtool -L {interface} combined {workers}`"
+    )]
+    Queues {
+        /// Its name.
+        interface: String,
+        /// How many it has.
+        queues: u32,
+        /// How many workers want one.
+        workers: u16,
     },
     /// The kernel refused a step.
     #[error("{step} on interface {interface}: {cause}")]

@@ -1,5 +1,6 @@
 //! Packet links over real veth pairs: what the kernel does with our sockets, programs and rings.
 
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
 use std::collections::BTreeSet;

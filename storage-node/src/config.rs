@@ -41,7 +41,7 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     pub link_fd: Option<RawFd>,
     /// How frames are carried [default: packet].
-    #[arg(long, value_name = "packet|udp")]
+    #[arg(long, value_name = "packet|udp|xdp|xdp-copy")]
     pub link_mode: Option<Mode>,
     /// With --link-mode udp: the IPv4 address of a machine to tell when this node has started. Can be given many times.
     #[arg(long = "udp-peer", value_name = "IPV4")]

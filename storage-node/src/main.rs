@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
-use cirro_ctl::confine::{User, confine};
+use cirro_ctl::confine::{Needs, User, confine};
 use cirro_ctl::daemon::{self, Usage};
 use cirro_ctl::keyfile::{self, KeyFileError};
 use cirro_ctl::publish::{Publisher, Reader};
@@ -19,7 +19,7 @@ use cirro_ctl::request::{
 };
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
-use cirro_link::any::{self, AnyLink};
+use cirro_link::any::{self, AnyLink, Reopens};
 use cirro_link::stack::stack;
 use cirro_link::tap::Limits;
 use cirro_link::taps::{TapError, Taps, Way};
@@ -68,7 +68,12 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         user.take(&config.state_dir.join("owners"))?;
         user.take_folder_of(&config.ctl_socket)?;
     }
-    confine(user.as_ref(), config.link.reopens_packet_sockets())?;
+    let needs = match config.link.reopens() {
+        Reopens::Nothing => Needs::Nothing,
+        Reopens::PacketSockets => Needs::PacketSockets,
+        Reopens::XdpSockets => Needs::XdpSockets,
+    };
+    confine(user.as_ref(), needs)?;
 
     let worker_of = |index: usize| (index % usize::from(config.link.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));

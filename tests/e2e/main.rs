@@ -24,3 +24,4 @@ mod soak;
 mod storage;
 mod tap;
 mod trouble;
+mod xdp;

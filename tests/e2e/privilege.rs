@@ -9,7 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use cirro_ctl::report::DiskState;
-use cirro_tests::daemons::{Daemon, Launch, Scratch, knows_its_volumes, link_mode_is_udp};
+use cirro_link::any::{Mode, Reopens};
+use cirro_tests::daemons::{Daemon, Launch, Scratch, knows_its_volumes, link_mode};
 use cirro_tests::frontend::{FrontEnd, Shape};
 use cirro_tests::netns::{Lab, Machine};
 use cirro_tests::verify::{Mix, Size, Verifier};
@@ -59,6 +60,22 @@ fn assert_stands(daemon: &Daemon, capabilities: &str) {
 const NOTHING: &str = "0000000000000000";
 /// CAP_NET_RAW is capability 13.
 const NET_RAW: &str = "0000000000002000";
+/// And CAP_IPC_LOCK is 14.
+const NET_RAW_AND_IPC_LOCK: &str = "0000000000006000";
+
+/// What a daemon keeps that has so many workers.
+fn kept_with(workers: &str) -> &'static str {
+    match link_mode().reopens(workers.parse().expect("a number")) {
+        Reopens::Nothing => NOTHING,
+        Reopens::PacketSockets => NET_RAW,
+        Reopens::XdpSockets => NET_RAW_AND_IPC_LOCK,
+    }
+}
+
+/// Workers of a daemon that is to have several: over AF_XDP each needs a queue of the interface, and a machine's has one.
+fn several() -> &'static str {
+    if matches!(link_mode(), Mode::Xdp | Mode::XdpCopy) { "1" } else { "2" }
+}
 
 /// Works, takes the interface away and gives it back, and works on.
 fn work_across_a_loss_of_the_interface(lab: &Lab, backend: &mut Daemon, front_end: &mut FrontEnd) {
@@ -91,13 +108,13 @@ fn daemons_give_up_what_they_do_not_need() {
     open_to_all(&scratch);
     let path = scratch.volume("disk", DISK_BYTES);
     let as_nobody = ["--user", "nobody"];
-    let launch = Launch::new("node").with_keys(true).with(&as_nobody).with(&["--workers", "2"]);
+    let launch = Launch::new("node").with_keys(true).with(&as_nobody).with(&["--workers", several()]);
     let mut node = launch.node(lab.store(), &scratch, &[volume("disk", &path)]);
     let sockets = ["--socket-owner", "nobody", "--socket-mode", "0600"];
     let launch = Launch::new("backend").with_keys(true).with(&as_nobody).with(&sockets);
     let mut backend = launch.backend(lab.host(), &scratch, "disk");
-    assert_stands(&node, if link_mode_is_udp() { NOTHING } else { NET_RAW });
-    assert_stands(&backend, NOTHING);
+    assert_stands(&node, kept_with(several()));
+    assert_stands(&backend, kept_with("1"));
     let facts = std::fs::metadata(scratch.path("backend.sock")).expect("the socket is there");
     assert_eq!((facts.mode() & 0o777, facts.uid()), (0o600, NOBODY));
 
@@ -134,8 +151,8 @@ fn give_to_nobody(path: &Path) {
 /// Started by an ordinary user without any privilege, with sockets that somebody else has opened.
 #[test]
 fn daemons_with_sockets_that_were_opened_for_them_need_no_privilege() {
-    if link_mode_is_udp() {
-        return println!("a UDP socket needs no privilege: nothing to hand over");
+    if link_mode() != Mode::Packet {
+        return println!("only packet sockets are handed over");
     }
     let (lab, scratch) = (Lab::pair(9000), Scratch::new());
     open_to_all(&scratch);
@@ -163,9 +180,9 @@ fn daemons_with_sockets_that_were_opened_for_them_need_no_privilege() {
     node.stop();
 }
 
-/// As a unit with `User=` and `AmbientCapabilities=CAP_NET_RAW` starts it: the capability is for opening, and then it is gone.
+/// As a unit with `User=` and `AmbientCapabilities=` starts it: the capabilities are for opening, and what opening again does not need is gone then.
 #[test]
-fn a_daemon_that_was_started_with_one_capability_gives_it_up() {
+fn a_daemon_that_was_started_with_capabilities_gives_them_up() {
     let (lab, scratch) = (Lab::pair(9000), Scratch::new());
     open_to_all(&scratch);
     let path = scratch.volume("disk", DISK_BYTES);
@@ -173,7 +190,10 @@ fn a_daemon_that_was_started_with_one_capability_gives_it_up() {
         give_to_nobody(file);
     }
     let started = |workers| {
-        let launch = Launch::new("node").with_keys(true).by_nobody_with("-all,+net_raw");
+        let launch = Launch::new("node").with_keys(true).by_nobody_with(match link_mode() {
+            Mode::Packet | Mode::Udp => "-all,+net_raw",
+            Mode::Xdp | Mode::XdpCopy => "-all,+net_raw,+net_admin,+bpf,+ipc_lock",
+        });
         launch.with(&["--workers", workers]).node(lab.store(), &scratch, &[volume("disk", &path)])
     };
     let effective = |node: &Daemon| {
@@ -183,10 +203,9 @@ fn a_daemon_that_was_started_with_one_capability_gives_it_up() {
             .find_map(|line| line.strip_prefix("CapEff: ").map(str::to_owned))
             .expect("proc(5) has it")
     };
-    let node = started("1");
-    assert_eq!(effective(&node), NOTHING);
-    node.stop();
-    let node = started("2");
-    assert_eq!(effective(&node), if link_mode_is_udp() { NOTHING } else { NET_RAW });
-    node.stop();
+    for workers in ["1", several()] {
+        let node = started(workers);
+        assert_eq!(effective(&node), kept_with(workers));
+        node.stop();
+    }
 }

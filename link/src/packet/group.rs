@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{MTU_MAX, MTU_MIN, MacAddress, Steer};
+use cirro_protocol::types::{MTU_MAX, MTU_MIN, Steer};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::ring::Ring;
 use super::sys;
 use crate::OpenError;
 use crate::claim::claim;
+use crate::facts::Facts;
 use crate::frame::send_buffer_bytes;
 use crate::program;
 use crate::sys::{self as kernel, Buffer, epoll_control, epoll_create};
@@ -30,14 +31,6 @@ pub(super) struct Port {
     pub(super) ring: Ring,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) facts: Facts,
-}
-
-/// What a port is made for. When one of these changes the port is of no use any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Facts {
-    pub(super) index: u32,
-    pub(super) address: MacAddress,
-    pub(super) mtu: usize,
 }
 
 /// What the workers of a process share.
@@ -136,12 +129,7 @@ impl Group {
 
     /// What the interface is like now; `None` if there is none of this name or it is down.
     pub(super) fn look(&self, fd: impl AsFd) -> Option<Facts> {
-        let (fd, name) = (fd.as_fd(), self.interface.as_str());
-        let index = kernel::interface_index(fd, name).ok()?;
-        let up = kernel::interface_is_up(fd, name).ok()?;
-        let mtu = kernel::interface_mtu(fd, name).ok()?;
-        let address = kernel::interface_address(fd, name).ok()?;
-        up.then_some(Facts { index, address, mtu })
+        Facts::look(fd, &self.interface)
     }
 
     /// Says once that the interface is lost, whoever notices first.

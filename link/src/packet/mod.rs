@@ -16,9 +16,10 @@ use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{ETHERNET_BYTES, MacAddress};
 use socket2::SockRef;
 
-use self::group::{Facts, Group, LOOK_EVERY, Port};
+use self::group::{Group, LOOK_EVERY, Port};
 use self::sys::SendBatch;
 use crate::clock::{self, KernelClocks, Stamps};
+use crate::facts::Facts;
 use crate::frame::{FramePool, Refusal, means_lost};
 use crate::{Drops, FrameId, Link, OpenError, Received, TxFrame};
 

@@ -113,7 +113,7 @@ impl Ring {
             frames: geometry.slots() as u32,
         };
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_RX_RING, &request)?;
-        let mapping = Mapping::new(fd, geometry.ring_bytes())?;
+        let mapping = Mapping::new(fd, geometry.ring_bytes(), 0)?;
         Ok(Ring { mapping, geometry, next: 0, next_in_block: 0, held: None, truncated: 0 })
     }
 

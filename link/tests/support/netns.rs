@@ -31,6 +31,11 @@ impl Namespace {
         namespace
     }
 
+    /// What `ip netns` calls it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Runs a command line (split at spaces) inside.
     ///
     /// # Panics
@@ -86,6 +91,7 @@ pub(crate) struct VethPair {
     /// The other.
     pub(crate) b: Namespace,
     mtu: usize,
+    queues: usize,
 }
 
 /// The interface's name in both namespaces.
@@ -97,7 +103,12 @@ impl VethPair {
     /// # Panics
     /// If it cannot be made: the tests need root.
     pub(crate) fn new(mtu: usize) -> VethPair {
-        let pair = VethPair { a: Namespace::new(), b: Namespace::new(), mtu };
+        VethPair::with_queues(mtu, 1)
+    }
+
+    /// A pair whose ends have so many queues in both directions: what leaves on one comes on the same.
+    pub(crate) fn with_queues(mtu: usize, queues: usize) -> VethPair {
+        let pair = VethPair { a: Namespace::new(), b: Namespace::new(), mtu, queues };
         pair.connect();
         pair
     }
@@ -107,11 +118,9 @@ impl VethPair {
     /// # Panics
     /// If it cannot be made.
     pub(crate) fn connect(&self) {
-        let VethPair { a, b, mtu } = self;
-        a.run(&format!(
-            "ip link add {INTERFACE} mtu {mtu} type veth peer name {INTERFACE} netns {} mtu {mtu}",
-            b.name
-        ));
+        let VethPair { a, b, mtu, queues } = self;
+        let end = format!("{INTERFACE} mtu {mtu} numtxqueues {queues} numrxqueues {queues}");
+        a.run(&format!("ip link add {end} type veth peer {end} netns {}", b.name));
         for end in [a, b] {
             end.run(&format!("ip link set {INTERFACE} up"));
         }
