@@ -255,7 +255,9 @@ impl Message {
                     self.descriptors.extend(descriptors);
                 }
             }
-            if received.flags.contains(ReturnFlags::CTRUNC) {
+            // The space is rounded up, and may hold one more.
+            let too_many = self.descriptors.len() > DESCRIPTORS_MAX;
+            if too_many || received.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(Broken::Descriptors);
             }
             if received.bytes == 0 {
@@ -315,4 +317,193 @@ pub fn meeting() -> io::Result<(UnixStream, UnixListener)> {
         }
     }
     Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody connects to a socket of ours before we do"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn relay() -> (UnixStream, Relay, UnixStream) {
+        let ((front_end, near), (far, device)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        device.set_nonblocking(true).unwrap();
+        front_end.set_nonblocking(true).unwrap();
+        (front_end, Relay::new(near, far).unwrap(), device)
+    }
+
+    fn message(request: u32, body: &[u8]) -> Vec<u8> {
+        let header = [request, FLAGS, body.len() as u32].map(u32::to_ne_bytes).concat();
+        [&header, body].concat()
+    }
+
+    fn send_with(to: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+        assert_eq!(sendmsg(to, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()), Ok(bytes.len()));
+    }
+
+    /// What lies at the device's end, with its descriptors, one receive for each message.
+    fn take(from: &UnixStream) -> (Vec<u8>, usize) {
+        let mut bytes = vec![0; 8192];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        let received = recvmsg(from, &mut into, &mut control, RecvFlags::DONTWAIT).unwrap();
+        let descriptors = control.drain().map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => descriptors.count(),
+            _ => 0,
+        });
+        let count = descriptors.sum();
+        bytes.truncate(received.bytes);
+        (bytes, count)
+    }
+
+    /// Two messages that came in one piece, the second with a descriptor, leave as they were said: none gets the other's.
+    #[test]
+    fn descriptors_stay_with_their_message() {
+        let (front_end, mut relay, device) = relay();
+        let (first, second) = (message(1, &[7; 20]), message(FrontendReq::SET_VRING_KICK as u32, &[0; 8]));
+        (&front_end).write_all(&first).unwrap();
+        send_with(&front_end, &second, &[front_end.as_fd()]);
+        assert_eq!(relay.turn().unwrap(), Turn::Goes);
+        assert_eq!(take(&device), (first, 0));
+        assert_eq!(relay.turn().unwrap(), Turn::RingStarts);
+        assert_eq!(take(&device), (second, 1));
+        (&device).write_all(&message(2, b"an answer")).unwrap();
+        relay.turn().unwrap();
+        assert_eq!(take(&front_end), (message(2, b"an answer"), 0));
+    }
+
+    #[test]
+    fn a_message_that_comes_byte_by_byte_leaves_whole_and_once() {
+        let (front_end, mut relay, device) = relay();
+        let whole = message(9, &[3; BODY_BYTES_MAX]);
+        for (index, byte) in whole.iter().enumerate() {
+            let passed = (&device).read(&mut [0; 1]);
+            assert!(passed.is_err(), "nothing has left after {index} bytes");
+            (&front_end).write_all(&[*byte]).unwrap();
+            assert_eq!(relay.turn().unwrap(), Turn::Goes);
+        }
+        assert_eq!(take(&device), (whole, 0));
+    }
+
+    #[test]
+    fn what_is_no_message_ends_the_connection() {
+        let broken = |say: &dyn Fn(&UnixStream)| {
+            let (front_end, mut relay, _device) = relay();
+            say(&front_end);
+            drop(front_end);
+            (0..4).find_map(|_| relay.turn().err()).expect("an end by fault").to_string()
+        };
+        for size in [BODY_BYTES_MAX as u32 + 1, u32::MAX] {
+            let header = [1, FLAGS, size].map(u32::to_ne_bytes).concat();
+            let said = broken(&|front_end| (&*front_end).write_all(&header).unwrap());
+            assert!(said.starts_with(&format!("a message of {size} bytes")), "{said}");
+        }
+        for bytes in [&[0; 3][..], &message(1, &[1; 8])[..15]] {
+            let said = broken(&|front_end| (&*front_end).write_all(bytes).unwrap());
+            assert!(said.contains("middle of a message"), "{said}");
+        }
+        let many = |front_end: &UnixStream| send_with(front_end, &message(1, &[]), &[front_end.as_fd(); 33]);
+        assert!(broken(&many).contains("descriptors"));
+        let amid = |front_end: &UnixStream| {
+            let bytes = message(1, &[0; 8]);
+            (&*front_end).write_all(&bytes[..12]).unwrap();
+            send_with(front_end, &bytes[12..], &[front_end.as_fd()]);
+        };
+        assert!(broken(&amid).contains("descriptors"));
+    }
+
+    /// Neither end reads: what lies between stays bounded, and goes on when they do. Then either closes.
+    #[test]
+    fn an_end_that_does_not_read_stops_the_other_and_loses_nothing() {
+        let (front_end, mut relay, device) = relay();
+        let mut sent = 0u32;
+        while (&front_end).write(&message(sent, &[0; 1000])).is_ok_and(|written| written == 1012) {
+            sent += 1;
+            relay.turn().unwrap();
+        }
+        assert!((100..2000).contains(&sent), "{sent} messages lie between");
+        let mut seen = Vec::new();
+        while seen.len() < sent as usize * 1012 {
+            relay.turn().unwrap();
+            seen.extend(take(&device).0);
+        }
+        let numbers =
+            seen.chunks(1012).take(sent as usize).map(|one| u32::from_ne_bytes(one[..4].try_into().unwrap()));
+        assert!(numbers.eq(0..sent), "in order, none twice");
+        drop(device);
+        let ended = (0..4).find_map(|_| match relay.turn() {
+            Ok(Turn::Ended(end)) => Some(end),
+            Ok(_) | Err(_) => None,
+        });
+        assert_eq!(ended, Some(End::Device));
+    }
+
+    /// Whatever comes in whatever pieces: what leaves is whole messages of what came, and the rest is an end.
+    #[test]
+    fn garbage_is_passed_on_in_whole_messages_or_ends_the_connection() {
+        for seed in 1u64..300 {
+            let (front_end, mut relay, device) = relay();
+            let mut number = seed;
+            let mut random = move || {
+                number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                number >> 33
+            };
+            let (mut came, mut left, mut ended) = (Vec::new(), Vec::new(), false);
+            for _ in 0..20 {
+                let mut piece: Vec<u8> = (0..random() % 64).map(|_| random() as u8).collect();
+                if random() % 2 == 0 {
+                    piece = message(random() as u32 % 50, &piece);
+                }
+                if (&front_end).write_all(&piece).is_err() {
+                    break;
+                }
+                came.extend(piece);
+                ended |= (0..3).any(|_| !matches!(relay.turn(), Ok(Turn::Goes | Turn::RingStarts)));
+                if ended {
+                    break;
+                }
+            }
+            let mut buffer = [0; 8192];
+            while let Ok(bytes @ 1..) = (&device).read(&mut buffer) {
+                left.extend_from_slice(&buffer[..bytes]);
+            }
+            assert!(came.starts_with(&left), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_channel_is_kept_and_told_on_without_waiting() {
+        let (front_end, mut relay, device) = relay();
+        assert!(!relay.tell_config_changed(), "there is none");
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        send_with(&front_end, &message(FrontendReq::SET_BACKEND_REQ_FD as u32, &[]), &[theirs.as_fd()]);
+        drop(theirs);
+        relay.turn().unwrap();
+        assert_eq!(take(&device).1, 1, "the crate has it too");
+        assert!(relay.tell_config_changed());
+        let mut news = [0; HEADER_BYTES];
+        ours.read_exact(&mut news).unwrap();
+        assert_eq!(news, *message(2, &[]));
+        // Nobody reads: it fills, and that is no reason to wait or to give up.
+        assert!((0..10_000).all(|_| relay.tell_config_changed()));
+        drop(ours);
+        assert!(!relay.tell_config_changed(), "its other end is closed");
+    }
+
+    #[test]
+    fn a_connection_of_our_own_is_met_by_its_listener_and_by_nobody_else() {
+        let (stream, listener) = meeting().unwrap();
+        let address = listener.local_addr().unwrap();
+        let intruder =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+        let name = std::os::linux::net::SocketAddrExt::as_abstract_name(&address).unwrap();
+        let address = SocketAddrUnix::new_abstract_name(name).unwrap();
+        assert_eq!(connect(&intruder, &address), Err(Errno::AGAIN), "the queue has room for one");
+        let (met, _) = listener.accept().unwrap();
+        (&stream).write_all(b"x").unwrap();
+        assert_eq!((&met).read(&mut [0; 2]).unwrap(), 1);
+    }
 }

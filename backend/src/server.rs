@@ -256,12 +256,13 @@ impl DiskServer {
         loop {
             let ready = relay.wait([self.stop.as_fd(), self.attach.bell()?])?;
             let [stops, is_changed] = ready.others;
-            if stops {
-                return Ok(End::FrontEnd);
-            }
+            // Before the end: what was heard of the volume is there for the next process.
             if is_changed {
                 self.attach.hush();
                 self.follow_capacity(relay, device);
+            }
+            if stops {
+                return Ok(End::FrontEnd);
             }
             if !ready.messages {
                 continue;

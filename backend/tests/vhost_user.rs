@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ struct NodeLink {
     link: MemoryLink,
     node: Node,
     silent: Arc<AtomicBool>,
+    /// Bytes of the volume.
+    size: Arc<AtomicUsize>,
     /// Never readable.
     quiet: (UnixStream, UnixStream),
 }
@@ -68,6 +70,10 @@ impl Link for NodeLink {
         let now = clock::now();
         self.link.set_now(now);
         self.node.silent = self.silent.load(Ordering::Relaxed);
+        let bytes = self.size.load(Ordering::Relaxed);
+        if self.node.image.len() != bytes {
+            self.node.resize(bytes);
+        }
         self.node.step(now);
         self.link.receive()
     }
@@ -96,7 +102,11 @@ impl AsFd for NodeLink {
     }
 }
 
-fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Worker<Tap<NodeLink>> {
+fn worker_of(
+    inbox: Inbox,
+    attach: Arc<Attach>,
+    (silent, size): (Arc<AtomicBool>, Arc<AtomicUsize>),
+) -> Worker<Tap<NodeLink>> {
     let (here, there) = pair(9000);
     let config = Config {
         volume: "vol".parse().unwrap(),
@@ -127,7 +137,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         stats: Arc::default(),
     });
     let node = Node::new(there, IMAGE_BYTES);
-    let link = NodeLink { link: here, node, silent, quiet: UnixStream::pair().unwrap() };
+    let link = NodeLink { link: here, node, silent, size, quiet: UnixStream::pair().unwrap() };
     let mut worker = Worker::new(Tap::new(link), Steer::new(0, 0), inbox, Arc::default());
     worker.add(DiskId(0), disk);
     worker
@@ -139,7 +149,9 @@ struct Backend {
     stop: Stop,
     ended: Arc<AtomicBool>,
     silent: Arc<AtomicBool>,
+    size: Arc<AtomicUsize>,
     mailbox: Mailbox,
+    attach: Arc<Attach>,
     /// Another one goes on with its state.
     keeps_state: bool,
     threads: Vec<JoinHandle<()>>,
@@ -179,13 +191,34 @@ impl Backend {
             stop: stop.clone(),
             connected: Arc::default(),
         };
-        let (worker_ended, worker_silent) = (Arc::clone(&ended), Arc::clone(&silent));
+        let size = Arc::new(AtomicUsize::new(IMAGE_BYTES));
+        let known = Arc::clone(&attach);
+        let (worker_ended, node) = (Arc::clone(&ended), (Arc::clone(&silent), Arc::clone(&size)));
         let worker = std::thread::spawn(move || {
-            run_worker(worker_of(inbox, attach, worker_silent), &worker_ended, Nanos::from_micros(20))
-                .unwrap();
+            run_worker(worker_of(inbox, attach, node), &worker_ended, Nanos::from_micros(20)).unwrap();
         });
         let disk = std::thread::spawn(move || server.run(&listening).unwrap());
-        Backend { path, stop, ended, silent, mailbox, keeps_state: false, threads: vec![disk, worker] }
+        Backend {
+            path,
+            stop,
+            ended,
+            silent,
+            size,
+            mailbox,
+            attach: known,
+            keeps_state: false,
+            threads: vec![disk, worker],
+        }
+    }
+
+    /// The volume has `bytes` from now on; returns when the disk has them.
+    fn resize(&self, bytes: usize) {
+        self.size.store(bytes, Ordering::Relaxed);
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.attach.get().is_none_or(|info| info.capacity_sectors != bytes as u64 / 512) {
+            assert!(Instant::now() < end, "the disk never has {bytes} bytes");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn session(&self) -> cirro_backend::stats::SessionReport {
@@ -234,6 +267,7 @@ impl Guest {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE;
         assert_eq!(protocol & wanted, wanted);
         frontend.set_protocol_features(wanted).unwrap();
@@ -243,6 +277,20 @@ impl Guest {
         let ring = Ring::new(&regions, 0, true);
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         Guest { frontend, ring, kick: event(), call: event(), _file: file, features }
+    }
+
+    /// Gives the back-end a channel to speak first on; this is the front-end's end of it.
+    fn open_channel(&mut self) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        self.frontend.set_backend_request_fd(&theirs).unwrap();
+        ours
+    }
+
+    /// Sectors, as the configuration has them.
+    fn capacity(&mut self) -> u64 {
+        let config = self.frontend.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap().1;
+        u64::from_le_bytes(config[..8].try_into().unwrap())
     }
 
     /// What QEMU does at DRIVER_OK.
@@ -494,4 +542,96 @@ fn a_front_end_that_talks_nonsense_loses_its_connection_and_nobody_else_does() {
     guest.start(0);
     assert_eq!(guest.one(0, 0, 512).status, 0);
     assert_ne!(guest.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), 0);
+}
+
+/// One VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: number 2, version 1 and no reply wanted, no body (vhost-user, "Back-end message types").
+fn takes_news(channel: &mut UnixStream) {
+    use std::io::Read;
+    let mut message = [0; 12];
+    channel.read_exact(&mut message).expect("the front-end is told that the configuration changed");
+    let words = [0, 4, 8].map(|at| u32::from_ne_bytes(message[at..at + 4].try_into().unwrap()));
+    assert_eq!(words, [2, 1, 0]);
+}
+
+fn is_quiet(channel: &mut UnixStream) -> bool {
+    use std::io::Read;
+    channel.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    channel.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+#[test]
+fn a_front_end_is_told_of_another_size_and_finds_it_again_without_a_node() {
+    const SECTORS: u64 = IMAGE_BYTES as u64 / 512;
+    let mut backend = Backend::start("grows");
+    backend.keeps_state = true;
+    let mut guest = Guest::connect(&backend, None);
+    let mut channel = guest.open_channel();
+    assert_eq!(guest.capacity(), SECTORS);
+    guest.start(0);
+    assert_eq!(guest.one(1, SECTORS, 4096).status, 1, "behind the end");
+    for times in [2, 3] {
+        backend.resize(times * IMAGE_BYTES);
+        takes_news(&mut channel);
+        assert_eq!(guest.capacity(), times as u64 * SECTORS);
+        guest.ring.write(DATA, &pattern(times as u64, 4096));
+        assert_eq!(guest.one(1, times as u64 * SECTORS - 8, 4096).status, 0);
+    }
+    assert!(is_quiet(&mut channel), "it is told once of each");
+    // A front-end may have a channel and not listen: nobody waits for it, and it reads the size that is true by then.
+    backend.resize(2 * IMAGE_BYTES);
+    assert_eq!(guest.one(0, 2 * SECTORS, 512).status, 1);
+    backend.resize(3 * IMAGE_BYTES);
+    drop((guest, backend));
+
+    let backend = Backend::start_with("grows", true);
+    let mut guest = Guest::connect(&backend, None);
+    assert_eq!(guest.capacity(), 3 * SECTORS, "no node is there to say so");
+}
+
+/// QEMU takes no news of a device that has not started, and reads no configuration when it connects again.
+#[test]
+fn a_front_end_that_has_not_read_the_size_is_told_when_its_ring_starts() {
+    let backend = Backend::start("start");
+    let mut guest = Guest::connect(&backend, None);
+    let mut channel = guest.open_channel();
+    guest.start(0);
+    takes_news(&mut channel);
+    assert_eq!(guest.capacity(), IMAGE_BYTES as u64 / 512);
+    assert!(is_quiet(&mut channel), "once, whatever starts a ring");
+    guest.frontend.get_vring_base(0).unwrap();
+    backend.resize(2 * IMAGE_BYTES);
+    channel.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    takes_news(&mut channel);
+    guest.start(0);
+    takes_news(&mut channel);
+    assert_eq!(guest.capacity(), IMAGE_BYTES as u64 / 256);
+    guest.frontend.get_vring_base(0).unwrap();
+    guest.start(0);
+    assert!(is_quiet(&mut channel), "it has read it");
+}
+
+/// A descriptor that is no socket, one whose other end is closed, one that nobody reads from: the disk serves, and its size is there to be read.
+#[test]
+fn whatever_a_front_end_gives_for_a_channel_the_disk_serves() {
+    let backend = Backend::start("channel");
+    let mut guest = Guest::connect(&backend, None);
+    guest.start(0);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(ours);
+    let (full, filled) = UnixStream::pair().unwrap();
+    filled.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut &filled, &[0; 4096]).is_ok() {}
+    for (times, descriptor) in
+        (2..).zip([&File::open("/dev/null").unwrap() as &dyn AsRawFd, &theirs, &filled])
+    {
+        // The first is refused, and the connection goes on.
+        assert_eq!(guest.frontend.set_backend_request_fd(descriptor).is_ok(), times > 2);
+        backend.resize(times * IMAGE_BYTES);
+        let end = Instant::now() + Duration::from_secs(20);
+        while guest.capacity() != (times * IMAGE_BYTES) as u64 / 512 {
+            assert!(Instant::now() < end, "the configuration never has the new size");
+        }
+        assert_eq!(guest.one(1, (times * IMAGE_BYTES) as u64 / 512 - 8, 4096).status, 0);
+    }
+    drop(full);
 }
