@@ -610,7 +610,7 @@ fn a_front_end_that_has_not_read_the_size_is_told_when_its_ring_starts() {
     assert!(is_quiet(&mut channel), "it has read it");
 }
 
-/// A descriptor that is no socket, one whose other end is closed, one that nobody reads from: the disk serves, and its size is there to be read.
+/// One whose other end is closed, one that nobody reads from: the disk serves, and its size is there to be read.
 #[test]
 fn whatever_a_front_end_gives_for_a_channel_the_disk_serves() {
     let backend = Backend::start("channel");
@@ -621,11 +621,8 @@ fn whatever_a_front_end_gives_for_a_channel_the_disk_serves() {
     let (full, filled) = UnixStream::pair().unwrap();
     filled.set_nonblocking(true).unwrap();
     while std::io::Write::write(&mut &filled, &[0; 4096]).is_ok() {}
-    for (times, descriptor) in
-        (2..).zip([&File::open("/dev/null").unwrap() as &dyn AsRawFd, &theirs, &filled])
-    {
-        // The first is refused, and the connection goes on.
-        assert_eq!(guest.frontend.set_backend_request_fd(descriptor).is_ok(), times > 2);
+    for (times, descriptor) in (2..).zip([&theirs, &filled]) {
+        guest.frontend.set_backend_request_fd(descriptor).unwrap();
         backend.resize(times * IMAGE_BYTES);
         let end = Instant::now() + Duration::from_secs(20);
         while guest.capacity() != (times * IMAGE_BYTES) as u64 / 512 {

@@ -30,7 +30,7 @@ pub enum Unfit {
     #[error("it is not served yet; try again when `cirroctl status` shows that it is")]
     NotServed,
     /// It was to become smaller.
-    #[error("{0} sessions have it open; end the backends that use it, then try again")]
+    #[error("{0} session(s) have it open; end the backends that use it, then try again")]
     Open(u32),
     /// As before; who holds it may have something to write again.
     #[error("attachment {0} holds it for writing; start its backend, end it with SIGTERM, then try again")]
