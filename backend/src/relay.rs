@@ -352,7 +352,7 @@ mod tests {
         let received = recvmsg(from, &mut into, &mut control, RecvFlags::DONTWAIT).unwrap();
         let descriptors = control.drain().map(|message| match message {
             RecvAncillaryMessage::ScmRights(descriptors) => descriptors.count(),
-            _ => 0,
+            RecvAncillaryMessage::ScmCredentials(_) | _ => 0,
         });
         let count = descriptors.sum();
         bytes.truncate(received.bytes);

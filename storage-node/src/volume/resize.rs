@@ -50,7 +50,7 @@ pub struct ResizeError {
     name: VolumeName,
     has: u64,
     asked: u64,
-    why: Why,
+    why: Box<Why>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ impl Volume {
     ) -> Result<Told, ResizeError> {
         let sectors = bytes / SECTOR_BYTES as u64;
         let has = self.file_bytes().unwrap_or(self.capacity_sectors * SECTOR_BYTES as u64);
-        let refused = |why| ResizeError { name: self.name, has, asked: bytes, why };
+        let refused = |why| ResizeError { name: self.name, has, asked: bytes, why: Box::new(why) };
         self.check_size(bytes, has).map_err(refused)?;
         if self.identity.is_device || bytes >= has {
             self.grow(has, bytes).map_err(refused)?;
