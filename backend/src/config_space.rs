@@ -24,6 +24,9 @@ pub const SIZE_MAX: u32 = REQUEST_BYTES_MAX as u32;
 /// Offset of `writeback`, the one field a driver may write.
 pub const WRITEBACK_OFFSET: usize = 32;
 
+/// Bytes of the capacity, which is first.
+pub const CAPACITY_BYTES: u32 = 8;
+
 const CAPACITY: usize = 0;
 const SIZE_MAX_AT: usize = 8;
 const SEG_MAX_AT: usize = 12;

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -34,6 +35,10 @@ struct Inner {
     cache: Mutex<Cache>,
     /// The guest's memory, to switch its log.
     memory: Mutex<Regions>,
+    /// Sectors, as the configuration has them.
+    capacity: AtomicU64,
+    /// Sectors, as the front-end has read them last; never so many before.
+    capacity_read: AtomicU64,
 }
 
 /// What decides whether a write must be stable before it is answered (virtio 1.2, section 5.2.6.2).
@@ -57,6 +62,7 @@ impl Device {
     /// The device of `disk` for one connection.
     pub fn new(disk: DiskId, mailbox: Mailbox, identity: Identity) -> Device {
         let cache = Mutex::new(Cache { writeback: true, features: 0 });
+        let capacity = AtomicU64::new(identity.volume.capacity_sectors);
         Device {
             inner: Arc::new(Inner {
                 disk,
@@ -65,8 +71,25 @@ impl Device {
                 rings: OnceLock::new(),
                 cache,
                 memory: Mutex::default(),
+                capacity,
+                capacity_read: AtomicU64::new(u64::MAX),
             }),
         }
+    }
+
+    /// Sectors that the configuration has.
+    pub fn capacity(&self) -> u64 {
+        self.inner.capacity.load(Ordering::Acquire)
+    }
+
+    /// The configuration has so many sectors from now on.
+    pub fn set_capacity(&self, sectors: u64) {
+        self.inner.capacity.store(sectors, Ordering::Release);
+    }
+
+    /// True if the front-end has read the capacity as it is now.
+    pub fn is_capacity_read(&self) -> bool {
+        self.inner.capacity_read.load(Ordering::Acquire) == self.capacity()
     }
 
     /// Hands the device its rings, once.
@@ -137,6 +160,7 @@ impl VhostUserBackend for Device {
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
@@ -157,7 +181,12 @@ impl VhostUserBackend for Device {
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let writeback = self.inner.cache.lock().expect("no holder of this lock panics").writeback;
-        config_space::read(&self.inner.identity.config(writeback), offset, size)
+        let mut identity = self.inner.identity;
+        identity.volume.capacity_sectors = self.capacity();
+        if offset == 0 && size >= config_space::CAPACITY_BYTES {
+            self.inner.capacity_read.store(identity.volume.capacity_sectors, Ordering::Release);
+        }
+        config_space::read(&identity.config(writeback), offset, size)
     }
 
     /// Only `writeback` may be written; QEMU writes just that byte, others the whole structure, so other bytes are let pass when they change nothing.

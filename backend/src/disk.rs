@@ -386,16 +386,6 @@ impl Disk {
     }
 
     fn set_info(&mut self, info: VolumeInfo) {
-        if self.attach.get().is_none()
-            && self.attach.remembered().is_some_and(|was| was.capacity_sectors != info.capacity_sectors)
-        {
-            log::warn!(
-                "volume {}: has {} sectors now, not the {} that a guest may have been told; restart the guest",
-                self.volume,
-                info.capacity_sectors,
-                self.info.capacity_sectors
-            );
-        }
         self.adopt(info);
         self.attach.set(info);
     }

@@ -16,6 +16,7 @@ pub mod memory_guard;
 pub mod pending;
 pub mod protection;
 pub mod record;
+pub mod relay;
 pub mod replay;
 pub mod report;
 pub mod request;

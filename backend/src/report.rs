@@ -79,7 +79,8 @@ impl View {
             | Request::Stats {}
             | Request::VolumeGrant(_)
             | Request::VolumeRevoke(_)
-            | Request::VolumeGrants { .. } => return Report::Backend(self.report()).answer(request),
+            | Request::VolumeGrants { .. }
+            | Request::VolumeResize(_) => return Report::Backend(self.report()).answer(request),
             Request::LinkTapPush(push) => self.push_taps(push).map(serde_json::to_value),
             Request::LinkTapPop {} => self.pop_taps().map(serde_json::to_value),
         };

@@ -8,8 +8,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cirro_ctl::confine::User;
@@ -23,7 +23,7 @@ use cirro_protocol::initiator::StateName;
 use cirro_protocol::time::Nanos;
 use cirro_protocol::wire::body::VolumeInfo;
 use vhost::vhost_user::Listener;
-use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
+use vhost_user_backend::VhostUserDaemon;
 use vm_memory::GuestMemoryAtomic;
 
 use crate::attach::Attach;
@@ -33,6 +33,7 @@ use crate::device::Device;
 use crate::disk::KickChange;
 use crate::guest_memory::Regions;
 use crate::mailbox::{Answer, Change, DiskId, Mailbox};
+use crate::relay::{self, Broken, End, Relay, Turn};
 use crate::ring::born_for;
 use crate::state::State;
 use crate::worker::Worker;
@@ -159,31 +160,15 @@ impl DiskServer {
     /// # Errors
     /// The socket cannot be waited for any more.
     pub fn run(&self, listening: &Listening) -> io::Result<()> {
-        let current: Arc<Mutex<Option<ShutdownHandle>>> = Arc::default();
-        let watcher = self.watch_stop(&current)?;
-        let result = self.accept_all(listening, &current);
+        let result = self.accept_all(listening);
         self.stop.ask();
-        // The watcher ends when the stop is asked; a panic of it was reported.
-        let _ = watcher.join();
         self.release();
         result
     }
 
-    fn watch_stop(
-        &self,
-        current: &Arc<Mutex<Option<ShutdownHandle>>>,
-    ) -> io::Result<std::thread::JoinHandle<()>> {
-        let (stop, current) = (self.stop.clone(), Arc::clone(current));
-        std::thread::Builder::new().name(format!("stop-{}", self.entry.volume)).spawn(move || {
-            stop.wait();
-            if let Some(handle) = &*lock(&current) {
-                handle.shutdown();
-            }
-        })
-    }
-
-    fn accept_all(&self, listening: &Listening, current: &Mutex<Option<ShutdownHandle>>) -> io::Result<()> {
-        let mut listener = Listener::from(listening.listener.try_clone()?);
+    fn accept_all(&self, listening: &Listening) -> io::Result<()> {
+        // Before anything is said of the volume: what changes after that is heard.
+        self.attach.bell()?;
         let mut waiter = Waiter::new()?;
         waiter.add(listening.listener.as_fd(), 0)?;
         waiter.add(self.stop.as_fd(), 1)?;
@@ -194,7 +179,7 @@ impl DiskServer {
                 break;
             }
             if ready.contains(&0) {
-                self.serve_connection(&mut listener, current);
+                self.serve_connection(&listening.listener);
             }
         }
         Ok(())
@@ -220,8 +205,9 @@ impl DiskServer {
     }
 
     /// One connection from its start to its end. Whatever a front-end does ends its connection at worst.
-    fn serve_connection(&self, listener: &mut Listener, current: &Mutex<Option<ShutdownHandle>>) {
+    fn serve_connection(&self, listener: &UnixListener) {
         let volume = self.entry.volume;
+        self.attach.hush();
         let identity = Identity {
             volume: self.describe(),
             read_only: self.entry.read_only,
@@ -238,38 +224,94 @@ impl DiskServer {
             Ok(daemon) => daemon,
             Err(error) => return log::error!("volume {volume}: cannot make the device: {error}"),
         };
-        if let Err(error) = daemon.start(listener) {
-            return log::error!(
-                "volume {volume}: cannot accept a front-end on {}: {error}",
-                self.entry.socket
-            );
-        }
+        let mut relay = match accept(listener, &mut daemon) {
+            Ok(relay) => relay,
+            Err(error) => {
+                return log::error!(
+                    "volume {volume}: cannot accept a front-end on {}: {error}",
+                    self.entry.socket
+                );
+            }
+        };
         log::info!("volume {volume}: front-end connected");
         self.connected.store(true, Ordering::Relaxed);
-        *lock(current) = daemon.shutdown_handle();
-        if self.stop.is_asked() {
-            daemon.request_shutdown();
-        }
+        let ended = self.pass_on(&mut relay, &device);
+        // The crate sees the end of its connection.
+        drop(relay);
+        let crate_ended = daemon.wait();
         // An end in the middle of a message, a refused message, a reset: whatever it was, the next connection starts afresh.
-        match daemon.wait() {
-            Ok(()) => log::info!("volume {volume}: front-end disconnected"),
-            Err(error) => log::warn!("volume {volume}: front-end dropped: {error}"),
+        match (ended, crate_ended) {
+            (Ok(End::Device), Err(error)) => log::warn!("volume {volume}: front-end dropped: {error}"),
+            (Ok(End::Device | End::FrontEnd), _) => log::info!("volume {volume}: front-end disconnected"),
+            (Err(broken), _) => log::warn!("volume {volume}: front-end dropped: {broken}"),
         }
-        *lock(current) = None;
         device.close();
         self.connected.store(false, Ordering::Relaxed);
+    }
+
+    /// Passes messages on until the connection ends, or the process is to end; tells the front-end of another size meanwhile.
+    fn pass_on(&self, relay: &mut Relay, device: &Device) -> Result<End, Broken> {
+        // A front-end takes no news of a device that has not started. So it is told once more at the start, of a capacity that it has not read.
+        let mut told_at_start = None;
+        loop {
+            let ready = relay.wait([self.stop.as_fd(), self.attach.bell()?])?;
+            let [stops, is_changed] = ready.others;
+            // Before the end: what was heard of the volume is there for the next process.
+            if is_changed {
+                self.attach.hush();
+                self.follow_capacity(relay, device);
+            }
+            if stops {
+                return Ok(End::FrontEnd);
+            }
+            if !ready.messages {
+                continue;
+            }
+            match relay.turn()? {
+                Turn::Goes => {}
+                Turn::RingStarts => {
+                    if !device.is_capacity_read()
+                        && told_at_start.replace(device.capacity()) != Some(device.capacity())
+                    {
+                        relay.tell_config_changed();
+                    }
+                }
+                Turn::Ended(end) => return Ok(end),
+            }
+        }
+    }
+
+    /// The volume may have another size: it is remembered before the front-end reads it, so that the device is the same after a restart.
+    fn follow_capacity(&self, relay: &mut Relay, device: &Device) {
+        let volume = self.entry.volume;
+        let (Some(info), was) = (self.attach.get(), device.capacity()) else { return };
+        if info.capacity_sectors == was {
+            return;
+        }
+        self.remember(&info);
+        device.set_capacity(info.capacity_sectors);
+        let told = if relay.tell_config_changed() {
+            "the front-end is told"
+        } else {
+            "the front-end takes no news of it: restart its guest"
+        };
+        log::info!("volume {volume}: the disk has {} sectors now, not {was}; {told}", info.capacity_sectors);
+    }
+
+    fn remember(&self, info: &VolumeInfo) {
+        if let Err(error) = self.state.remember(info) {
+            log::error!(
+                "volume {}: a backend that starts while no node is there will have to wait for one: {error}",
+                self.entry.volume
+            );
+        }
     }
 
     /// The volume for a front-end: as a node says, or, while none is there, as the last front-end was told.
     fn describe(&self) -> VolumeInfo {
         match self.attach.get() {
             Some(info) => {
-                if let Err(error) = self.state.remember(&info) {
-                    log::error!(
-                        "volume {}: a backend that starts while no node is there will have to wait for one: {error}",
-                        self.entry.volume
-                    );
-                }
+                self.remember(&info);
                 info
             }
             None => {
@@ -297,8 +339,12 @@ impl DiskServer {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().expect("no holder of this lock panics")
+/// Takes the front-end that waits, and gives the crate the other end of a connection of our own.
+fn accept(listener: &UnixListener, daemon: &mut VhostUserDaemon<Device>) -> io::Result<Relay> {
+    let (frontend, _) = listener.accept()?;
+    let (inner, meets) = relay::meeting()?;
+    daemon.start(&mut Listener::from(meets)).map_err(|error| io::Error::other(error.to_string()))?;
+    Relay::new(frontend, inner)
 }
 
 /// A socket that listens for a front-end; its path is removed at the end.

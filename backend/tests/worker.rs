@@ -314,3 +314,17 @@ fn the_guest_is_asked_to_kick_only_before_the_worker_sleeps() {
         rig.wait_for(&mut ring, 1);
     }
 }
+
+/// P-120: what was beyond the end a moment ago.
+#[test]
+fn a_volume_that_grows_is_used_up_to_its_new_end() {
+    let (mut rig, mut ring) = Rig::ready(9000);
+    let sectors = rig.attach.get().unwrap().capacity_sectors;
+    assert_eq!(rig.one(&mut ring, (1, sectors), DATA, 512).status, 1);
+    rig.node.resize(sectors as usize * 1024);
+    rig.run_until("the new size", |rig| {
+        rig.attach.get().is_some_and(|info| info.capacity_sectors == 2 * sectors)
+    });
+    assert_eq!(rig.one(&mut ring, (1, 2 * sectors - 1), DATA, 512).status, 0);
+    assert_eq!(rig.one(&mut ring, (1, 2 * sectors), DATA, 512).status, 1);
+}

@@ -16,6 +16,7 @@ pub mod report;
 pub mod request;
 pub mod server;
 pub mod show;
+pub mod size;
 mod socket;
 pub mod stop;
 mod table;

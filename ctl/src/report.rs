@@ -423,7 +423,8 @@ impl Report {
             | Request::LinkTapPop {}
             | Request::VolumeGrant(_)
             | Request::VolumeRevoke(_)
-            | Request::VolumeGrants { .. } => {
+            | Request::VolumeGrants { .. }
+            | Request::VolumeResize(_) => {
                 return request.not_supported(&self.process().program);
             }
         }

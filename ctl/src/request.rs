@@ -38,6 +38,8 @@ pub enum Request {
         /// Its name.
         volume: String,
     },
+    /// Give a volume another size while it is used. Answer: [`Resized`].
+    VolumeResize(VolumeResize),
 }
 
 /// A right given to a client.
@@ -70,6 +72,29 @@ pub struct VolumeRevoke {
     pub volume: String,
     /// The client, as in [`VolumeGrant`].
     pub client: String,
+}
+
+/// The size that a volume is to have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeResize {
+    /// The volume's name.
+    pub volume: String,
+    /// Its size from now on.
+    pub bytes: u64,
+}
+
+/// Answer to [`Request::VolumeResize`]: it is done, and stable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resized {
+    /// The volume's name.
+    pub volume: String,
+    /// What was served before.
+    pub bytes_before: u64,
+    /// What is served now.
+    pub bytes: u64,
+    /// Sessions that have it open and were told.
+    pub sessions_told: u32,
 }
 
 /// Who may use a volume.
@@ -168,6 +193,7 @@ impl Request {
             Request::VolumeGrant(_) => "volume-grant",
             Request::VolumeRevoke(_) => "volume-revoke",
             Request::VolumeGrants { .. } => "volume-grants",
+            Request::VolumeResize(_) => "volume-resize",
         }
     }
 
@@ -207,6 +233,7 @@ mod tests {
             Request::LinkTapPop {},
             Request::VolumeGrant(grant),
             Request::VolumeRevoke(revoke),
+            Request::VolumeResize(VolumeResize { volume: volume.clone(), bytes: u64::MAX }),
             Request::VolumeGrants { volume },
         ] {
             let value = serde_json::to_value(&request).unwrap();

@@ -204,6 +204,9 @@ fn node(request: Request) -> Result<Value, String> {
         Request::VolumeGrant(grant) => Err(format!("no volume {:?} is served here", grant.volume)),
         Request::VolumeRevoke(_) => Ok(json!({ "volume": "a", "open_to_all": false, "grants": [] })),
         Request::VolumeGrants { .. } => Ok(json!({ "volume": "a", "open_to_all": true, "grants": [] })),
+        Request::VolumeResize(resize) => {
+            Ok(json!({ "volume": "a", "bytes_before": 1 << 30, "bytes": resize.bytes, "sessions_told": 1 }))
+        }
     }
 }
 
@@ -222,6 +225,21 @@ fn grants_are_given_taken_and_shown() {
     let refused = cirroctl(&home.socket(), &["volume", "grant", "a", &key, "none"]);
     assert_eq!(refused.status.code(), Some(2));
     assert!(text(&refused.stderr).contains("volume revoke"));
+}
+
+#[test]
+fn a_volume_is_resized_by_a_size_as_people_write_it() {
+    let home = Home::new();
+    let _server = Server::start(&home.socket(), node).unwrap();
+    let said = |arguments: &[&str]| text(&cirroctl(&home.socket(), arguments).stdout).to_owned();
+    assert_eq!(said(&["volume", "resize", "a", "4G"]), "volume a has 4G now, not 1G; 1 session was told\n");
+    assert_eq!(said(&["volume", "resize", "a", "1073741824"]), "volume a has 1G already\n");
+    let json = said(&["volume", "resize", "a", "1536M", "--json"]);
+    assert!(json.contains("\"bytes\":1610612736"), "{json}");
+    for size in ["4GB", "-1", "", "99999999T"] {
+        let refused = cirroctl(&home.socket(), &["volume", "resize", "a", size]);
+        assert_eq!(refused.status.code(), Some(2), "{size:?}");
+    }
 }
 
 #[test]

@@ -52,7 +52,8 @@ fn answer(request: Request) -> Result<Value, String> {
         | Request::LinkTapPop {}
         | Request::VolumeGrant(_)
         | Request::VolumeRevoke(_)
-        | Request::VolumeGrants { .. } => request.not_supported("a test"),
+        | Request::VolumeGrants { .. }
+        | Request::VolumeResize(_) => request.not_supported("a test"),
     }
 }
 

@@ -79,6 +79,8 @@ pub(crate) struct Connected {
     /// Nothing is to be issued.
     pub(crate) barred: bool,
     info: VolumeInfo,
+    /// The frame that told its size and flags.
+    told_by: u64,
     first_ping: Option<Instant>,
     pings: u32,
     ping_at: Instant,
@@ -109,6 +111,7 @@ impl Connected {
             held: None,
             barred: false,
             info: VolumeInfo::default(),
+            told_by: 0,
             first_ping: None,
             pings: 0,
             ping_at: now,
@@ -154,7 +157,8 @@ impl Connected {
                 }
             }
             Kind::Response if message.slot == CONTROL_SLOT => {
-                self.control_answered(now, message, frame.payload(payload.range.clone()), events, stats);
+                let answer = (message, frame.payload(payload.range.clone()));
+                self.control_answered(now, frame.header.pn, answer, events, stats);
             }
             Kind::Response => {
                 if let Some(status) = requests.response(message, stats) {
@@ -165,12 +169,9 @@ impl Connected {
             Kind::Probe => return self.probe_came(message),
             Kind::Event => match VolumeInfo::parse(frame.payload(payload.range.clone())) {
                 Ok(info) => {
-                    self.info = VolumeInfo {
-                        vol_epoch: self.info.vol_epoch,
-                        vol_handle: self.info.vol_handle,
-                        ..info
-                    };
-                    events.push_back(Event::Changed(self.info));
+                    if self.learn(frame.header.pn, info) {
+                        events.push_back(Event::Changed(self.info));
+                    }
                 }
                 Err(_) => stats.violations += 1,
             },
@@ -205,11 +206,22 @@ impl Connected {
         if wider == piece_bytes_for_mtu(self.link_mtu) { self.link_mtu } else { mtu_needed(wider) }
     }
 
+    /// What frame `pn` says of the volume; false when a later frame has said it (P-121).
+    fn learn(&mut self, pn: u64, info: VolumeInfo) -> bool {
+        let news = pn >= self.told_by;
+        if news {
+            self.told_by = pn;
+            self.info =
+                VolumeInfo { vol_epoch: self.info.vol_epoch, vol_handle: self.info.vol_handle, ..info };
+        }
+        news
+    }
+
     fn control_answered(
         &mut self,
         now: Instant,
-        message: &Message,
-        payload: &[u8],
+        pn: u64,
+        (message, payload): (&Message, &[u8]),
         events: &mut VecDeque<Event>,
         stats: &mut Stats,
     ) {
@@ -222,10 +234,11 @@ impl Connected {
         self.control = None;
         match (control.op, status, info) {
             (Op::Open, Status::Ok, Some(info)) => {
-                self.info = info;
+                self.learn(pn, info);
+                (self.info.vol_epoch, self.info.vol_handle) = (info.vol_epoch, info.vol_handle);
                 self.held = Some(control.open.access);
                 self.open_pause = OPEN_PAUSE_FIRST;
-                events.push_back(Event::Attached(info, control.open.access));
+                events.push_back(Event::Attached(self.info, control.open.access));
             }
             (Op::Release, Status::Ok, _) => self.held = Some(Access::ReadOnly),
             (_, status, info) => {

@@ -485,9 +485,13 @@ impl Target {
         self.answers.push_back(slot);
     }
 
-    /// Tells the initiator that the volume changed.
+    /// Tells the initiator that the volume changed (P-120).
     pub fn notify(&mut self, info: VolumeInfo) {
         self.event = Some(info);
+        // An answer that has to be sent again must not bring back how the volume was.
+        if let Some(told) = &mut self.slots[CONTROL_SLOT.index()].info {
+            *told = VolumeInfo { vol_epoch: told.vol_epoch, vol_handle: told.vol_handle, ..info };
+        }
     }
 
     /// Ends the session: one CLOSE leaves, then [`Event::Gone`].

@@ -14,8 +14,8 @@ use cirro_ctl::keyfile::{self, KeyFileError};
 use cirro_ctl::publish::{Publisher, Reader};
 use cirro_ctl::report::{self, NodeReport, Report};
 use cirro_ctl::request::{
-    GrantEntry, GrantRight, Grants, Request, TapFile, TapPopped, TapPush, TapPushed, VolumeGrant,
-    VolumeRevoke,
+    GrantEntry, GrantRight, Grants, Request, Resized, TapFile, TapPopped, TapPush, TapPushed, VolumeGrant,
+    VolumeResize, VolumeRevoke,
 };
 use cirro_ctl::server::Server;
 use cirro_ctl::stop::Stop;
@@ -34,9 +34,9 @@ use cirro_node::server::{
 };
 use cirro_node::state_dir::StateDir;
 use cirro_node::store::uring::UringStore;
-use cirro_node::volume::{Volume, refuse_same_file};
+use cirro_node::volume::{Unfit, Volume, refuse_same_file};
 use cirro_protocol::time::{Instant, Nanos};
-use cirro_protocol::types::{ETHERTYPE_DEFAULT, Steer, Uuid, VolumeName};
+use cirro_protocol::types::{ETHERTYPE_DEFAULT, SECTOR_BYTES, Steer, Uuid, VolumeName};
 use cirro_seal::{Identity, os_entropy};
 use clap::Parser;
 
@@ -81,7 +81,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     let common = Common {
         config: &config,
         state: &state,
-        directory,
+        directory: Arc::clone(&directory),
         security: &security,
         process,
         incarnation: random::uuid(),
@@ -92,6 +92,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .map(|(index, link)| common.start_worker(index, link))
         .collect::<anyhow::Result<Vec<_>>>()?;
 
+    let placed =
+        volumes.iter().enumerate().map(|(index, volume)| (volume.clone(), worker_of(index))).collect();
     let waiting = volumes.into_iter().zip(owners).enumerate().map(|(index, (volume, owner))| {
         let worker = worker_of(index);
         let door = workers[usize::from(worker)].door.clone();
@@ -107,7 +109,8 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         views,
         waiting: Arc::clone(&waiting),
         taps,
-        volumes: config.volumes.iter().map(|volume| volume.name).collect(),
+        volumes: placed,
+        directory,
         access: Arc::clone(&security.access),
         by_key: security.identity.is_some(),
         doors,
@@ -268,7 +271,9 @@ struct Control {
     views: Vec<View>,
     waiting: WaitingList,
     taps: Taps,
-    volumes: Vec<VolumeName>,
+    /// As they were opened, each with its worker.
+    volumes: Vec<(Volume, u16)>,
+    directory: Arc<Directory>,
     access: Arc<AccessList>,
     by_key: bool,
     doors: Vec<Door>,
@@ -295,6 +300,7 @@ impl Control {
             Request::VolumeGrants { volume } => {
                 self.volume(volume).map(|volume| serde_json::to_value(self.grants(&volume)))
             }
+            Request::VolumeResize(resize) => self.resize(resize).map(serde_json::to_value),
         };
         let value = answer.map_err(|error| format!("{error:#}"))?;
         value.map_err(|error| format!("the answer cannot be written: {error}"))
@@ -315,8 +321,26 @@ impl Control {
     }
 
     fn volume(&self, name: &str) -> anyhow::Result<VolumeName> {
-        let known = self.volumes.iter().find(|volume| volume.as_str() == name);
-        known.copied().with_context(|| format!("no volume {name:?} is served here"))
+        self.placed(name).map(|(volume, _)| volume.name)
+    }
+
+    fn placed(&self, name: &str) -> anyhow::Result<&(Volume, u16)> {
+        let known = self.volumes.iter().find(|(volume, _)| volume.name.as_str() == name);
+        known.with_context(|| format!("no volume {name:?} is served here"))
+    }
+
+    fn resize(&self, VolumeResize { volume, bytes }: &VolumeResize) -> anyhow::Result<Resized> {
+        let (volume, worker) = self.placed(volume)?;
+        let served = self.directory.steer_of(&volume.name).is_some();
+        anyhow::ensure!(served, "volume {}: keeps its size: {}", volume.name, Unfit::NotServed);
+        let door = &self.doors[usize::from(*worker)];
+        let told = volume.resize(*bytes, |sectors| door.resize(volume.name, sectors))?;
+        Ok(Resized {
+            volume: volume.name.to_string(),
+            bytes_before: told.sectors_before * SECTOR_BYTES as u64,
+            bytes: *bytes,
+            sessions_told: told.sessions,
+        })
     }
 
     fn set_right(&self, volume: &str, client: &str, right: Right) -> anyhow::Result<Grants> {

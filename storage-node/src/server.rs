@@ -24,7 +24,7 @@ use crate::access::Client;
 use crate::node::{NodeWorker, Snapshot, Wake};
 use crate::owner::{FileKeeper, OwnerRecord};
 use crate::store::uring::UringStore;
-use crate::volume::Volume;
+use crate::volume::{Told, Unfit, Volume};
 
 /// How often the lock of a volume is tried again.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
@@ -46,6 +46,7 @@ enum Order {
     Serve(Admission),
     Tap(Exchange),
     EndSessions(VolumeName, Client),
+    Resize(VolumeName, u64, Sender<Result<Told, Unfit>>),
 }
 
 /// The door to a worker: volumes go in, what its tap is to record into, and the wish to end.
@@ -100,6 +101,18 @@ impl Door {
         // A worker that has ended has no sessions.
         let _ = self.orders.send(Order::EndSessions(volume, client));
         self.ring();
+    }
+
+    /// Has the worker serve a volume with another size, and waits for its answer.
+    ///
+    /// # Errors
+    /// [`Unfit`].
+    pub fn resize(&self, volume: VolumeName, capacity_sectors: u64) -> Result<Told, Unfit> {
+        let (sender, answer) = channel();
+        // A worker that has ended drops what its answer would come by.
+        let _ = self.orders.send(Order::Resize(volume, capacity_sectors, sender));
+        self.ring();
+        answer.recv().unwrap_or(Err(Unfit::Ending))
     }
 
     /// Asks the worker to end.
@@ -188,6 +201,10 @@ fn answer_door(worker: &mut NodeWorker<Tap<impl Link>, UringStore>, seat: &Seat,
             Order::Serve(admission) => serve(worker, admission, now),
             Order::Tap(exchange) => exchange.carry_out(worker.link_mut()),
             Order::EndSessions(volume, client) => worker.end_sessions_of(&volume, &client),
+            Order::Resize(volume, sectors, answer) => {
+                // Whoever asked waits for it.
+                let _ = answer.send(worker.resize(&volume, sectors));
+            }
         }
     }
 }

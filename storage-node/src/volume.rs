@@ -3,6 +3,8 @@
 //! Does not know who uses it (that is `opening`) and moves no data (that is the store). Opened by `server` before anything is
 //! served; the lock of a volume that another process still has is waited for on a thread of its own.
 
+mod resize;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -22,6 +24,8 @@ use serde::{Deserialize, Serialize};
 use crate::access::Right;
 use crate::memory::VolumeMemory;
 use crate::store::{Cached, StoreFile};
+
+pub use resize::{ResizeError, Told, Unfit};
 
 /// How a volume's file is read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,16 +156,8 @@ impl VolumeSpec {
         let Some(size) = self.path.to_str().and_then(|path| path.strip_prefix(RAM_PREFIX)) else {
             return Ok(None);
         };
-        let (digits, shift) = match size.as_bytes().last() {
-            Some(b'K') => (&size[..size.len() - 1], 10),
-            Some(b'M') => (&size[..size.len() - 1], 20),
-            Some(b'G') => (&size[..size.len() - 1], 30),
-            Some(b'T') => (&size[..size.len() - 1], 40),
-            _ => (size, 0),
-        };
-        let number = digits.parse::<u64>().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
-        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
-        let whole = bytes.filter(|bytes| *bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES as u64));
+        let whole = cirro_ctl::size::parse(size)
+            .filter(|bytes| *bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES as u64));
         whole.map(Some).ok_or_else(|| BadVolumeSpec::RamSize(size.into()))
     }
 
@@ -275,6 +271,8 @@ pub struct Volume {
     serial: Serial,
     identity: Identity,
     file: Arc<File>,
+    /// For its length: another description, so that no error of a write is told there instead of to a flush.
+    sizer: Arc<File>,
     memory: Option<Arc<Mutex<VolumeMemory>>>,
 }
 
@@ -293,6 +291,7 @@ impl Volume {
             return Err(VolumeError::Kind { name: spec.name, path: spec.path.clone() });
         }
         let buffered = open_file(spec, 0).map_err(|e| failed("cannot open it", e))?;
+        let sizer = open_file(spec, 0).map_err(|e| failed("cannot open it", e))?;
         let in_memory = fstatfs(&buffered).is_ok_and(|fs| fs.f_type == libc::TMPFS_MAGIC) && kind.is_file();
         let device_block_bytes = if kind.is_block_device() { device_block_bytes(&buffered) } else { None };
         let (file, io, io_note, direct_bytes) = match open_direct(spec, &buffered, in_memory) {
@@ -327,6 +326,7 @@ impl Volume {
             serial: spec.serial.unwrap_or_else(|| serial_from(&spec.name)),
             identity,
             file: Arc::new(file),
+            sizer: Arc::new(sizer),
             memory: None,
         };
         volume.measure()?;
@@ -338,7 +338,7 @@ impl Volume {
     fn in_memory(spec: &VolumeSpec, bytes: u64) -> Result<Volume, VolumeError> {
         let failed = |error| VolumeError::NoMemory { name: spec.name, path: spec.path.clone(), error };
         let (file, memory) = VolumeMemory::new(&spec.name.to_string(), bytes).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
+        let (metadata, file) = (file.metadata().map_err(failed)?, Arc::new(file));
         Ok(Volume {
             name: spec.name,
             path: spec.path.clone(),
@@ -352,7 +352,8 @@ impl Volume {
             cached: Cached::Always,
             serial: spec.serial.unwrap_or_else(|| serial_from(&spec.name)),
             identity: Identity { is_device: false, device: metadata.dev(), inode: metadata.ino() },
-            file: Arc::new(file),
+            file: Arc::clone(&file),
+            sizer: file,
             memory: Some(Arc::new(Mutex::new(memory))),
         })
     }

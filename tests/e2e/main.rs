@@ -17,6 +17,7 @@ mod ownership;
 mod path;
 mod power;
 mod privilege;
+mod resize;
 mod rig;
 mod sessions;
 mod sharing;

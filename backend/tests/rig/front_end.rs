@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ use cirro_protocol::initiator::{Config, Initiator};
 use cirro_protocol::time::Nanos;
 use cirro_protocol::types::{ETHERTYPE_DEFAULT, MacAddress, Steer, Uuid};
 use cirro_protocol::wire::Mode;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, GuestAddress};
@@ -46,6 +46,8 @@ struct NodeLink {
     link: MemoryLink,
     node: Node,
     silent: Arc<AtomicBool>,
+    /// Bytes of the volume.
+    size: Arc<AtomicUsize>,
     /// Never readable.
     quiet: (UnixStream, UnixStream),
 }
@@ -63,6 +65,10 @@ impl Link for NodeLink {
         let now = clock::now();
         self.link.set_now(now);
         self.node.silent = self.silent.load(Ordering::Relaxed);
+        let bytes = self.size.load(Ordering::Relaxed);
+        if self.node.image.len() != bytes {
+            self.node.resize(bytes);
+        }
         self.node.step(now);
         self.link.receive()
     }
@@ -91,7 +97,11 @@ impl AsFd for NodeLink {
     }
 }
 
-fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Worker<Tap<NodeLink>> {
+fn worker_of(
+    inbox: Inbox,
+    attach: Arc<Attach>,
+    (silent, size): (Arc<AtomicBool>, Arc<AtomicUsize>),
+) -> Worker<Tap<NodeLink>> {
     let (here, there) = pair(9000);
     let config = Config {
         volume: "vol".parse().unwrap(),
@@ -122,7 +132,7 @@ fn worker_of(inbox: Inbox, attach: Arc<Attach>, silent: Arc<AtomicBool>) -> Work
         stats: Arc::default(),
     });
     let node = Node::new(there, IMAGE_BYTES);
-    let link = NodeLink { link: here, node, silent, quiet: UnixStream::pair().unwrap() };
+    let link = NodeLink { link: here, node, silent, size, quiet: UnixStream::pair().unwrap() };
     let mut worker = Worker::new(Tap::new(link), Steer::new(0, 0), inbox, Arc::default());
     worker.add(DiskId(0), disk);
     worker
@@ -134,7 +144,9 @@ pub(crate) struct Backend {
     stop: Stop,
     ended: Arc<AtomicBool>,
     pub(crate) silent: Arc<AtomicBool>,
+    size: Arc<AtomicUsize>,
     pub(crate) mailbox: Mailbox,
+    attach: Arc<Attach>,
     /// Another one goes on with its state.
     pub(crate) keeps_state: bool,
     threads: Vec<JoinHandle<()>>,
@@ -174,13 +186,34 @@ impl Backend {
             stop: stop.clone(),
             connected: Arc::default(),
         };
-        let (worker_ended, worker_silent) = (Arc::clone(&ended), Arc::clone(&silent));
+        let size = Arc::new(AtomicUsize::new(IMAGE_BYTES));
+        let known = Arc::clone(&attach);
+        let (worker_ended, node) = (Arc::clone(&ended), (Arc::clone(&silent), Arc::clone(&size)));
         let worker = std::thread::spawn(move || {
-            run_worker(worker_of(inbox, attach, worker_silent), &worker_ended, Nanos::from_micros(20))
-                .unwrap();
+            run_worker(worker_of(inbox, attach, node), &worker_ended, Nanos::from_micros(20)).unwrap();
         });
         let disk = std::thread::spawn(move || server.run(&listening).unwrap());
-        Backend { path, stop, ended, silent, mailbox, keeps_state: false, threads: vec![disk, worker] }
+        Backend {
+            path,
+            stop,
+            ended,
+            silent,
+            size,
+            mailbox,
+            attach: known,
+            keeps_state: false,
+            threads: vec![disk, worker],
+        }
+    }
+
+    /// The volume has `bytes` from now on; returns when the disk has them.
+    pub(crate) fn resize(&self, bytes: usize) {
+        self.size.store(bytes, Ordering::Relaxed);
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.attach.get().is_none_or(|info| info.capacity_sectors != bytes as u64 / 512) {
+            assert!(Instant::now() < end, "the disk never has {bytes} bytes");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub(crate) fn session(&self) -> cirro_backend::stats::SessionReport {
@@ -229,6 +262,7 @@ impl Guest {
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::LOG_SHMFD;
@@ -240,6 +274,20 @@ impl Guest {
         let ring = Ring::new(&regions, 0, true);
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         Guest { frontend, ring, kick: event(), call: event(), file, features }
+    }
+
+    /// Gives the back-end a channel to speak first on; this is the front-end's end of it.
+    pub(crate) fn open_channel(&mut self) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        self.frontend.set_backend_request_fd(&theirs).unwrap();
+        ours
+    }
+
+    /// Sectors, as the configuration has them.
+    pub(crate) fn capacity(&mut self) -> u64 {
+        let config = self.frontend.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap().1;
+        u64::from_le_bytes(config[..8].try_into().unwrap())
     }
 
     /// What QEMU does at DRIVER_OK.

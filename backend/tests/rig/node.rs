@@ -100,6 +100,16 @@ impl Node {
         self.send(now);
     }
 
+    /// The volume has another size from now on, and who has it open is told.
+    pub(crate) fn resize(&mut self, bytes: usize) {
+        self.image.resize(bytes, 0);
+        self.durable.resize(bytes, 0);
+        self.info.capacity_sectors = bytes as u64 / 512;
+        if let Some(target) = &mut self.target {
+            target.notify(self.info);
+        }
+    }
+
     /// The process ends and starts again; `power`: with its machine, and what was not flushed is gone.
     pub(crate) fn restart(&mut self, power: bool) {
         self.starts += 1;

@@ -45,8 +45,9 @@ impl Target {
         }
         let mut writer = self.session.begin(now, self.credit, head, payloads);
         self.session.push_ranges(&mut writer);
-        self.transmit_event(&mut writer);
+        // What is lost may be news, which is told again as it is now.
         self.transmit_lost(&mut writer);
+        self.transmit_event(&mut writer);
         self.transmit_answers(&mut writer);
         if writer.is_empty() && !self.session.must_send(now) {
             head.clear();

@@ -16,6 +16,7 @@ mod handshake;
 mod jobs;
 mod opening;
 mod receive;
+mod resize;
 mod served;
 mod session;
 mod snapshot;
@@ -38,7 +39,7 @@ use crate::buffers::Pool;
 use crate::owner::{Keeper, OwnerRecord};
 use crate::state_dir::SECRET_BYTES;
 use crate::store::{FILES_MAX, FileId, Store};
-use crate::volume::Volume;
+use crate::volume::{Told, Unfit, Volume};
 
 pub use directory::Directory;
 pub use drops::{DROP_NAMES, DROP_REASONS, DropReason};
@@ -209,6 +210,14 @@ impl<L: Link, S: Store> NodeWorker<L, S> {
     /// A client's right on a volume has changed: its sessions end at once, and it may ask for others.
     pub fn end_sessions_of(&mut self, volume: &VolumeName, client: &Client) {
         self.node.end_sessions_of(volume, client);
+    }
+
+    /// Serves a volume with another size from now on, if it may: its file has it already, or nobody uses it.
+    ///
+    /// # Errors
+    /// [`Unfit`]; nothing is changed.
+    pub fn resize(&mut self, volume: &VolumeName, capacity_sectors: u64) -> Result<Told, Unfit> {
+        self.node.resize(volume, capacity_sectors)
     }
 
     /// Begins the end: no request is started any more; those in the store get two seconds, then every session is closed.

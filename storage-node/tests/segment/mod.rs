@@ -106,6 +106,8 @@ pub(crate) struct Segment {
     pub(crate) long: Vec<LongFrame>,
     /// Frames from the guests are lost.
     pub(crate) cut: bool,
+    /// Frames to the guests are lost.
+    pub(crate) deaf: bool,
     pub(crate) path: PathBuf,
     wake: Wake,
     option: String,
@@ -164,6 +166,7 @@ impl Segment {
             faults,
             long: Vec::new(),
             cut: false,
+            deaf: false,
             path,
             wake: Wake::Now,
             option: option.to_owned(),
@@ -323,6 +326,9 @@ impl Segment {
         let mut heard = false;
         while let Some(received) = self.link.receive() {
             heard = true;
+            if self.deaf {
+                continue;
+            }
             let bytes = received.bytes.to_vec();
             if Header::is_long(&bytes[14..]) == Some(true) {
                 open_long(&bytes).expect("the node seals");

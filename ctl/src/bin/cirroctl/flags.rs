@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use cirro_ctl::request::{GrantRight, TAP_FILE_BYTES_DEFAULT, TAP_FRAME_BYTES_DEFAULT};
+use cirro_ctl::size;
 use clap::{Args, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
@@ -18,6 +19,7 @@ Examples:
                                        by which key this machine's backend is known
   cirroctl volume grant vm1 KEY rw     let the owner of that key have the volume (on the storage machine)
   cirroctl volume revoke vm1 KEY       take it away, at once
+  cirroctl volume resize vm1 20G       make it larger while its guest runs; then grow the file system in the guest
 
 Without --ctl-socket the daemons at /run/cirrostratus/node.sock and /run/cirrostratus/backend.sock are asked, whichever run.
 The sockets belong to the daemons' user: run cirroctl as that user, most often root.
@@ -49,7 +51,7 @@ pub(crate) enum Command {
     /// Steer a daemon's link
     #[command(subcommand)]
     Link(LinkCommand),
-    /// Say who may use a volume; for the node that serves it
+    /// Say who may use a volume and how large it is; for the node that serves it
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// Make and show keys; asks no daemon
@@ -80,6 +82,18 @@ pub(crate) enum VolumeCommand {
         #[arg(value_name = "CLIENT")]
         client: String,
     },
+    /// Give a volume another size while guests use it: they see it at once
+    ///
+    /// A file is made longer. A block device is grown by its own tools first; SIZE is what it has then. A volume becomes smaller only
+    /// while nobody has it, and only where it holds no data.
+    Resize {
+        /// The volume
+        #[arg(value_name = "VOLUME")]
+        volume: String,
+        /// Its size from now on: bytes, or a number with K, M, G or T behind it (powers of 1024)
+        #[arg(value_name = "SIZE", value_parser = bytes)]
+        bytes: u64,
+    },
     /// Show who may use a volume
     Grants {
         /// The volume
@@ -108,6 +122,11 @@ pub(crate) enum KeyCommand {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    size::parse(text)
+        .ok_or_else(|| "give a number of bytes, or one with K, M, G or T behind it, as 4G".to_owned())
 }
 
 fn right(text: &str) -> Result<GrantRight, String> {

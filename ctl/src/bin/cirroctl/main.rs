@@ -15,9 +15,10 @@ use cirro_ctl::client::{AskError, ask};
 use cirro_ctl::daemon::{self, Usage, escape_controls};
 use cirro_ctl::report::Report;
 use cirro_ctl::request::{
-    GrantRight, Grants, Request, TapPopped, TapPush, TapPushed, VolumeGrant, VolumeRevoke,
+    GrantRight, Grants, Request, Resized, TapPopped, TapPush, TapPushed, VolumeGrant, VolumeResize,
+    VolumeRevoke,
 };
-use cirro_ctl::{keyfile, show};
+use cirro_ctl::{keyfile, show, size};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -27,6 +28,8 @@ use flags::{Cli, Command, KeyCommand, LinkCommand, TapCommand, VolumeCommand};
 const SOCKETS_DEFAULT: [&str; 2] = ["/run/cirrostratus/node.sock", "/run/cirrostratus/backend.sock"];
 /// Longest wait for an answer: a daemon that is alive answers in milliseconds.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
+/// A new size is stable before it is answered, and so is what was written before it: the node may have much of that in its page cache.
+const RESIZE_TIME_MAX: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
     daemon::run("cirroctl", || match run(&Cli::parse()) {
@@ -44,7 +47,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     let mut failed = None;
     for (index, path) in sockets.iter().enumerate() {
-        let answer = ask(path, &request, ANSWER_TIME_MAX);
+        let answer = ask(path, &request, time_max(&request));
         let text = if cli.json { json_line(path, &answer) } else { text(path, &request, &answer, index)? };
         write_out(&text)?;
         if let Err(error) = answer {
@@ -55,6 +58,11 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         }
     }
     failed.map_or(Ok(()), Err)
+}
+
+/// What waits for a disk may take its time.
+fn time_max(request: &Request) -> Duration {
+    if matches!(request, Request::VolumeResize(_)) { RESIZE_TIME_MAX } else { ANSWER_TIME_MAX }
 }
 
 /// Does what a key command says.
@@ -84,6 +92,9 @@ fn request(command: &Command) -> anyhow::Result<Option<Request>> {
         Command::Volume(VolumeCommand::Revoke { volume, client }) => {
             Request::VolumeRevoke(VolumeRevoke { volume: volume.clone(), client: client.clone() })
         }
+        Command::Volume(VolumeCommand::Resize { volume, bytes }) => {
+            Request::VolumeResize(VolumeResize { volume: volume.clone(), bytes: *bytes })
+        }
         Command::Volume(VolumeCommand::Grants { volume }) => Request::VolumeGrants { volume: volume.clone() },
         Command::Status => Request::Status {},
         Command::Stats => Request::Stats {},
@@ -105,12 +116,13 @@ fn request(command: &Command) -> anyhow::Result<Option<Request>> {
     }))
 }
 
-/// The default sockets of the daemons that a request is for: who may use a volume is known to the node alone.
+/// The default sockets of the daemons that a request is for: who may use a volume, and how large it is, is the node's to say.
 fn defaults_for(request: &Request) -> &'static [&'static str] {
     match request {
-        Request::VolumeGrant(_) | Request::VolumeRevoke(_) | Request::VolumeGrants { .. } => {
-            &SOCKETS_DEFAULT[..1]
-        }
+        Request::VolumeGrant(_)
+        | Request::VolumeRevoke(_)
+        | Request::VolumeGrants { .. }
+        | Request::VolumeResize(_) => &SOCKETS_DEFAULT[..1],
         Request::Status {} | Request::Stats {} | Request::LinkTapPush(_) | Request::LinkTapPop {} => {
             &SOCKETS_DEFAULT
         }
@@ -181,6 +193,9 @@ fn text(
             let grants: Grants = serde_json::from_value(value.clone()).with_context(strange)?;
             show_grants(&grants)
         }
+        Request::VolumeResize(_) => {
+            show_resized(&serde_json::from_value(value.clone()).with_context(strange)?)
+        }
     };
     Ok(if index > 0 { format!("\n{text}") } else { text })
 }
@@ -203,6 +218,16 @@ fn show_grants(grants: &Grants) -> String {
         format!("{right} {}\n", escape_controls(&grant.client))
     });
     lines.collect()
+}
+
+fn show_resized(resized: &Resized) -> String {
+    let (volume, told) = (escape_controls(&resized.volume), resized.sessions_told);
+    let (before, now) = (size::show(resized.bytes_before), size::show(resized.bytes));
+    if before == now {
+        return format!("volume {volume} has {now} already\n");
+    }
+    let sessions = if told == 1 { "session was" } else { "sessions were" };
+    format!("volume {volume} has {now} now, not {before}; {told} {sessions} told\n")
 }
 
 fn printable(path: &Path) -> String {
