@@ -13,7 +13,7 @@ KERNEL_PACKAGE=linux-image-cloud-amd64
 # In the order of loading. One that the kernel has built in is skipped.
 MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
   crc16 mbcache jbd2 crc32c_generic ext4 qemu_fw_cfg)
-PROGRAMS=(/usr/bin/fio /usr/sbin/mke2fs /usr/sbin/e2fsck /usr/sbin/blkdiscard /usr/sbin/fstrim /usr/bin/sha256sum)
+PROGRAMS=(/usr/bin/fio /usr/sbin/mke2fs /usr/sbin/e2fsck /usr/sbin/blkdiscard /usr/sbin/fstrim /usr/bin/sha256sum /usr/bin/dd)
 
 # What the image is made from: a change of any of it makes a new image.
 image_stamp() {

@@ -10,6 +10,8 @@ BIN_DIR='' MTU=9000 LOSS_PERCENT=0 VCPUS=2 QUEUES='' GUEST_TIMEOUT_S=200
 FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
 # More of the volume's description at the node: `,KEY=VALUE`.
 VOLUME_OPTIONS=''
+# More options of the backend.
+BACKEND_OPTIONS=()
 # How frames are protected: keys, made for the run, or none.
 SECURITY=${SECURITY:-keys}
 
@@ -98,7 +100,7 @@ start_backend() {
   # A daemon without the record of what is in flight knows no such option.
   ! "$BIN_DIR/cirro-backend" --help | grep -q -- --run-dir || run_dir=(--run-dir "$WORK/run")
   start_daemon cirro-backend "$BACKEND_NS" "${BACKEND_KEYS[@]}" --socket-path "$WORK/disk.sock" --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" \
-    --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}"
+    --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}" "${BACKEND_OPTIONS[@]}"
   BACKEND_PID=$STARTED_PID
 }
 

@@ -1,0 +1,333 @@
+#!/usr/bin/env bash
+# Everything that QEMU and a guest's kernel can do to a disk, done under loads that verify themselves: resets, stops, hot-plug, migration, snapshots, modes.
+#
+# Each case is a function `case_NAME` below and prints `test actions::NAME ... ok`. Cases share a guest as long as they want the same one, and end
+# with the same questions: is every block there that the disk answered for, does the guest's kernel complain, do both daemons live and log no error?
+# When a guest ends, e2fsck looks at the node's file. The guest's half is guest/actions-work.sh: it does what `word` says. Knows QEMU by
+# QMP over a pipe, and the daemons by their command lines, logs and `cirroctl stats`. Called by run-suites.sh with --quick.
+set -euo pipefail
+# shellcheck source=qemu/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=qemu/rig.sh
+source "$QEMU_DIR/rig.sh"
+
+USAGE="usage: actions-test.sh [--only NAME,...] [--quick] [--list] [--bin-dir DIR] [--keep]"
+# In the order in which they are run: neighbours share a guest.
+CASES=(serial write_cache stop_and_cont unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug reboot system_reset)
+QUICK=(stop_and_cont unbind_and_rebind device_del_and_add memory_hotplug reboot system_reset)
+WANTED=()
+NUMBERS_MIB=64
+SERIAL=VM1-0123456789abcdef
+# What a guest may take for one word, on a machine that others use too.
+WORD_S_MAX=120
+# Blocks 0 to ACKED - 1 were answered for, in this guest or one before it on the same volume.
+ACKED=0
+# The guest that runs, and how many words guests and monitors were told so far.
+GUEST_KIND='' WORDS=0 QMP_CALLS=0
+
+parse() {
+  local option
+  WANTED=("${CASES[@]}")
+  while (($#)); do
+    option=$1
+    shift
+    case $option in
+      --help) say "$USAGE" && exit 0 ;;
+      --list) printf '%s\n' "${CASES[@]}" && exit 0 ;;
+      --quick) WANTED=("${QUICK[@]}") && continue ;;
+      --keep) KEEP=yes && continue ;;
+      --only) IFS=, read -ra WANTED <<<"${1:-}" ;;
+      --bin-dir) need_directory "$option" "${1:-}" && BIN_DIR=$(realpath "$1") ;;
+      *) say "$USAGE" >&2 && exit 2 ;;
+    esac
+    shift
+  done
+  BIN_DIR=${BIN_DIR:-${CARGO_TARGET_DIR:-$QEMU_DIR/../target}/release}
+  for option in "${WANTED[@]}"; do
+    declare -F "case_$option" >/dev/null || die "there is no case $option: see --list"
+  done
+}
+
+# --- the guest and its monitor
+
+# reported PATTERN: how many lines of the guest's report match as a whole.
+reported() { grep -cxE "$1" "$REPORT" || true; }
+
+# wait_until SECONDS WHAT COMMAND...: until the command is true, while everybody lives.
+wait_until() {
+  local deadline_s=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@"; do
+    runs "$GUEST_PID" || { guest_ended && die "the guest ended while it was to $what"; }
+    runs "$NODE_PID" || daemon_failed cirro-node "ended by itself, while the guest was to $what"
+    runs "$BACKEND_PID" || daemon_failed cirro-backend "ended by itself, while the guest was to $what"
+    ((SECONDS < deadline_s)) || gave_up "$what"
+    sleep 0.05
+  done
+}
+
+gave_up() {
+  KEEP=yes
+  "$BIN_DIR/cirroctl" status --ctl-socket "$WORK/backend.ctl" >&2 || true
+  show_tail cirro-node "$WORK/cirro-node.log"
+  show_tail cirro-backend "$WORK/cirro-backend.log"
+  show_tail QEMU "$WORK/qemu.log"
+  show_tail "the guest's console" "$WORK/console.log"
+  die "no end of \"$1\"; everything is kept in $WORK"
+}
+
+reported_more() { (($(reported "$1") > $2)); }
+
+# hint COMMAND...: tells the guest, and waits for nothing.
+hint() {
+  WORDS=$((WORDS + 1))
+  echo "$WORDS $*" >&"$WORD_IN"
+}
+
+# word COMMAND...: the guest does it, and has done it.
+word() {
+  hint "$@"
+  wait_until "$WORD_S_MAX" "$*" reported_more "done $WORDS" 0
+}
+
+answered() { grep -q "\"id\": $1[,}]" "$WORK/qmp.log"; }
+
+# qmp COMMAND [ARGUMENTS]: what QEMU answers, in ANSWER; an error of it is ours.
+qmp() {
+  QMP_CALLS=$((QMP_CALLS + 1))
+  echo "{\"execute\": \"$1\", \"arguments\": ${2:-{\}}, \"id\": $QMP_CALLS}" >&"$QMP_IN"
+  wait_until 60 "answer $1" answered "$QMP_CALLS"
+  ANSWER=$(grep "\"id\": $QMP_CALLS[,}]" "$WORK/qmp.log")
+  [[ $ANSWER != *'"error":'* ]] || die "QEMU refuses $1: $ANSWER"
+}
+
+# happened EVENT COUNT: QEMU has told of more such events.
+happened() { (($(grep -c "\"event\": \"$1\"" "$WORK/qmp.log" || true) > $2)); }
+
+events() { grep -c "\"event\": \"$1\"" "$WORK/qmp.log" || true; }
+
+open_pipes() {
+  mkfifo "$WORK"/{word,qmp}.{in,out}
+  exec {WORD_IN}<>"$WORK/word.in" {QMP_IN}<>"$WORK/qmp.in" {QMP_OUT}<>"$WORK/qmp.out"
+  : >"$WORK/qmp.log"
+  cat <&"$QMP_OUT" >>"$WORK/qmp.log" &
+  undo stop_process $!
+}
+
+# begin_guest [OPTION]...: run-guest.sh with these and what all cases want, ready for words.
+begin_guest() {
+  : >"$WORK/console.log"
+  GUEST_OPTIONS=(--input "$WORK/word" --monitor "$WORK/qmp" --with -action --with reboot=reset "$@")
+  start_guest "$QEMU_DIR/guest/actions-work.sh" FS_MIB="$FS_MIB" NUMBERS_MIB="$NUMBERS_MIB" FIO_MIB="$FIO_MIB" "${GUEST_VARIABLES[@]}"
+  qmp qmp_capabilities
+  wait_until 120 boot reported_more ready 0
+}
+
+# end_guest: it unmounts and ends, and what it leaves is whole.
+end_guest() {
+  [[ -n $GUEST_KIND ]] || return 0
+  word unmount_files
+  hint exit
+  guest_ended
+  GUEST_KIND=''
+  check_file_system
+}
+
+# the_guest: the one that most cases share, with its file system mounted: a disk that can be pulled, and places for more memory.
+the_guest() {
+  [[ $GUEST_KIND != common ]] || return 0
+  end_guest
+  begin_guest "${COMMON_OPTIONS[@]}" --disk-options "$DISK"
+  word make_files
+  word mount_files
+  GUEST_KIND=common
+}
+GUEST_VARIABLES=()
+DISK=bus=bay,id=disk
+COMMON_OPTIONS=(--with -device --with pcie-root-port,id=bay,chassis=1 --with -m --with slots=2,maxmem=4G)
+
+# --- loads and what has to be true after them
+
+note_acked() {
+  local last
+  last=$(sed -n 's/^acked //p' "$REPORT" | tail -n 1)
+  ((${last:--1} < ACKED)) || ACKED=$((last + 1))
+}
+
+# work_on: the loads go on, undisturbed, for some blocks more.
+work_on() {
+  wait_until 60 "work on" reported_more 'acked [0-9]+' $(($(reported 'acked [0-9]+') + 10))
+}
+
+# load KIND: `files` on the mounted file system, `disk` on the disk itself; it is well under way when this returns.
+load() {
+  word "load_$1" "$ACKED"
+  work_on
+}
+
+end_load() {
+  word end_load
+  note_acked
+}
+
+# passed NAME: the questions at the end of every case.
+passed() {
+  local log
+  note_acked
+  ((ACKED > 0)) || die "the disk answered for no block"
+  word check_numbers "$ACKED"
+  word kernel_has_no_complaint
+  for log in cirro-node cirro-backend; do
+    if grep -E ' ERROR |panicked' "$WORK/$log.log" >&2; then die "$log logged an error"; fi
+  done
+  say "test actions::$1 ... ok"
+}
+
+# --- the cases
+
+case_serial() {
+  the_guest
+  load files
+  word is serial "$SERIAL"
+  end_load
+}
+
+case_write_cache() {
+  the_guest
+  load files
+  word is queue/write_cache write back
+  word cache through
+  word is queue/write_cache write through
+  work_on
+  word cache back
+  work_on
+  end_load
+}
+
+case_stop_and_cont() {
+  local turn
+  the_guest
+  load files
+  for turn in 0.1 1 3; do
+    qmp stop
+    sleep "$turn"
+    qmp cont
+    work_on
+  done
+  end_load
+}
+
+# The disk goes away under loads on the disk itself, by the words given, and comes back: the loads fail, and nothing else.
+taken_away() {
+  word unmount_files
+  load disk
+  "$@"
+  word lose_load
+  word forget_complaints
+  note_acked
+}
+
+given_back() {
+  word await_disk
+  word check_numbers "$ACKED"
+  word mount_files
+  load files
+  end_load
+}
+
+case_unbind_and_rebind() {
+  the_guest
+  taken_away word unbind
+  word bind
+  given_back
+}
+
+case_pci_remove_and_rescan() {
+  the_guest
+  taken_away word remove
+  word rescan
+  given_back
+}
+
+pull_disk() {
+  local before
+  before=$(events DEVICE_DELETED)
+  qmp device_del '{"id": "disk"}'
+  wait_until 60 "give its disk up" happened DEVICE_DELETED "$before"
+}
+
+case_device_del_and_add() {
+  the_guest
+  taken_away pull_disk
+  word await_no_disk
+  qmp device_add '{"driver": "vhost-user-blk-pci", "chardev": "disk", "bus": "bay", "id": "disk", "num-queues": 2}'
+  given_back
+}
+
+case_memory_hotplug() {
+  the_guest
+  load files
+  qmp object-add '{"qom-type": "memory-backend-memfd", "id": "more", "size": 268435456, "share": true}'
+  qmp device_add '{"driver": "pc-dimm", "id": "dimm", "memdev": "more"}'
+  word online_memory
+  work_on
+  end_load
+  load files
+  word data_is_in_new_memory
+  end_load
+}
+
+# again: the guest begins anew, as it was told to.
+again() {
+  wait_until 120 "boot again" reported_more ready "$1"
+  note_acked
+}
+
+case_reboot() {
+  local before
+  the_guest
+  load files
+  before=$(reported ready)
+  hint reboot_now
+  again "$before"
+  word check_numbers "$ACKED"
+  word mount_files
+  load files
+  end_load
+}
+
+case_system_reset() {
+  local before
+  the_guest
+  load files
+  before=$(reported ready)
+  qmp system_reset
+  again "$before"
+  word check_numbers "$ACKED"
+  word mount_files
+  load files
+  end_load
+}
+
+main() {
+  local started_s=$SECONDS name
+  parse "$@"
+  need_root
+  undo_on_exit
+  FS_MIB=64 HOLE_MIB=0 FIO_MIB=16 GUEST_TIMEOUT_S=900 VOLUME_OPTIONS=",serial=$SERIAL"
+  "$QEMU_DIR/install.sh"
+  "$QEMU_DIR/guest-image.sh"
+  rig_up
+  truncate -s "$((FS_MIB + NUMBERS_MIB + FIO_MIB))M" "$RAW"
+  open_pipes
+  start_daemons
+  for name in "${WANTED[@]}"; do
+    "case_$name"
+    passed "$name"
+  done
+  end_guest
+  stop_daemons
+  say "${#WANTED[@]} actions in $((SECONDS - started_s)) s"
+}
+
+main "$@"
