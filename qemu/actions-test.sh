@@ -264,16 +264,23 @@ case_device_del_and_add() {
   given_back
 }
 
+# Memory comes and goes while the guest works, and the data of its requests lies in it.
 case_memory_hotplug() {
+  local before
   the_guest
   load files
   qmp object-add '{"qom-type": "memory-backend-memfd", "id": "more", "size": 268435456, "share": true}'
   qmp device_add '{"driver": "pc-dimm", "id": "dimm", "memdev": "more"}'
-  word online_memory
+  word online_memory 2
   work_on
   end_load
   load files
   word data_is_in_new_memory
+  before=$(events DEVICE_DELETED)
+  qmp device_del '{"id": "dimm"}'
+  wait_until 60 "give the memory up" happened DEVICE_DELETED "$before"
+  qmp object-del '{"id": "more"}'
+  work_on
   end_load
 }
 
@@ -314,7 +321,7 @@ main() {
   parse "$@"
   need_root
   undo_on_exit
-  FS_MIB=64 HOLE_MIB=0 FIO_MIB=16 GUEST_TIMEOUT_S=900 VOLUME_OPTIONS=",serial=$SERIAL"
+  FS_MIB=64 HOLE_MIB=0 FIO_MIB=4 GUEST_TIMEOUT_S=900 VOLUME_OPTIONS=",serial=$SERIAL"
   "$QEMU_DIR/install.sh"
   "$QEMU_DIR/guest-image.sh"
   rig_up

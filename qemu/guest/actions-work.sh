@@ -183,6 +183,22 @@ is() {
   [ "$value" = "$*" ]
 }
 
+new_memory_is_there() { [ "$(cat /sys/devices/system/memory/memory*/state | grep -c offline)" = "$1" ]; }
+
+# online_memory BLOCKS: takes the memory that was plugged, for what can be moved away again: the pages of programs come from there first.
+online_memory() {
+  wait_for new_memory_is_there "$1"
+  for state in /sys/devices/system/memory/memory*/state; do
+    [ "$(cat "$state")" = online ] || echo online_movable >"$state"
+  done
+}
+
+# data_is_in_new_memory: fio, which began after the memory was there, has its buffers in it: 16 of up to 64 KiB.
+data_is_in_new_memory() {
+  awk '/^Node/ { zone = $4 } zone == "Movable" && $1 == "managed" { all = $2 } zone == "Movable" && $2 == "free" { free = $3 }
+    END { print all - free, "of", all, "pages in use"; exit all - free < 256 }' /proc/zoneinfo
+}
+
 # has_queues COUNT
 has_queues() { [ "$(find /sys/block/vda/mq -mindepth 1 -maxdepth 1 -type d | wc -l)" = "$1" ]; }
 
