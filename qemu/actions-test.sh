@@ -13,7 +13,9 @@ source "$QEMU_DIR/rig.sh"
 
 USAGE="usage: actions-test.sh [--only NAME,...] [--quick] [--list] [--bin-dir DIR] [--keep]"
 # In the order in which they are run: neighbours share a guest.
-CASES=(serial write_cache stop_and_cont unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug reboot system_reset)
+CASES=(serial write_cache stop_and_cont stop_without_node unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug reboot system_reset
+  memory_512M memory_4G queues_1 queues_4 queues_8 queues_16 queue_size_2 queue_size_4 queue_size_64 queue_size_256 queue_size_1024
+  read_only_volume read_only_backend)
 QUICK=(stop_and_cont unbind_and_rebind device_del_and_add memory_hotplug reboot system_reset)
 WANTED=()
 NUMBERS_MIB=64
@@ -133,6 +135,17 @@ end_guest() {
   check_file_system
 }
 
+# own_guest MEMORY_MIB QUEUES DISK_OPTIONS: a guest of its own, with as many processors as queues.
+own_guest() {
+  end_guest
+  VCPUS=$2 QUEUES=$2
+  begin_guest --memory "$1" --disk-options "$3"
+  VCPUS=2 QUEUES=2
+  word make_files
+  word mount_files
+  GUEST_KIND=own
+}
+
 # the_guest: the one that most cases share, with its file system mounted: a disk that can be pulled, and places for more memory.
 the_guest() {
   [[ $GUEST_KIND != common ]] || return 0
@@ -175,8 +188,10 @@ passed() {
   local log
   note_acked
   ((ACKED > 0)) || die "the disk answered for no block"
-  word check_numbers "$ACKED"
-  word kernel_has_no_complaint
+  if [[ -n $GUEST_KIND ]]; then
+    word check_numbers "$ACKED"
+    word kernel_has_no_complaint
+  fi
   for log in cirro-node cirro-backend; do
     if grep -E ' ERROR |panicked' "$WORK/$log.log" >&2; then die "$log logged an error"; fi
   done
@@ -275,7 +290,7 @@ case_memory_hotplug() {
   work_on
   end_load
   load files
-  word data_is_in_new_memory
+  word data_is_in_movable_memory
   before=$(events DEVICE_DELETED)
   qmp device_del '{"id": "dimm"}'
   wait_until 60 "give the memory up" happened DEVICE_DELETED "$before"
@@ -316,6 +331,107 @@ case_system_reset() {
   end_load
 }
 
+# Stopped while the node is away, the rings are given up with requests in flight; those are issued again.
+case_stop_without_node() {
+  the_guest
+  load files
+  kill -KILL "$NODE_PID"
+  wait "$NODE_PID" || true
+  start_node
+  kill -STOP "$NODE_PID"
+  sleep 0.5
+  qmp stop
+  sleep 1
+  qmp cont
+  sleep 0.5
+  kill -CONT "$NODE_PID"
+  work_on
+  end_load
+}
+
+# plain_work: loads that go well, on a guest of its own.
+plain_work() {
+  load files
+  end_load
+}
+
+case_memory_512M() {
+  own_guest 512 2 queue-size=128
+  plain_work
+}
+
+# Above 2.75 GiB q35 puts what is over 2 GiB behind a hole that ends at 4 GiB: two regions. Rings and heads of requests are the kernel's and lie below, the
+# programs' buffers above.
+case_memory_4G() {
+  GUEST_VARIABLES=(movablecore=2G)
+  own_guest 4096 2 queue-size=128
+  GUEST_VARIABLES=()
+  load files
+  word data_is_in_movable_memory
+  end_load
+}
+
+with_queues() {
+  own_guest 1024 "$1" queue-size=128
+  word has_queues "$1"
+  plain_work
+}
+
+case_queues_1() { with_queues 1; }
+case_queues_4() { with_queues 4; }
+case_queues_8() { with_queues 8; }
+case_queues_16() { with_queues 16; }
+
+with_queue_size() {
+  own_guest 768 2 "queue-size=$1"
+  word holds_requests "$1"
+  plain_work
+}
+
+case_queue_size_2() { with_queue_size 2; }
+case_queue_size_4() { with_queue_size 4; }
+case_queue_size_64() { with_queue_size 64; }
+case_queue_size_256() { with_queue_size 256; }
+case_queue_size_1024() { with_queue_size 1024; }
+
+# other_daemons VOLUME_OPTIONS [BACKEND_OPTION]...: the daemons anew, as they are to be.
+other_daemons() {
+  end_guest
+  end_daemons
+  VOLUME_OPTIONS=$1
+  BACKEND_OPTIONS=("${@:2}")
+  rm -f "$WORK/disk.sock" "$WORK/node.ctl"
+  start_node
+  wait_for_socket "$WORK/node.ctl" "$NODE_PID" 15 || daemon_failed cirro-node "did not open its control socket within 15 s"
+  start_backend
+  wait_for_socket "$WORK/disk.sock" "$BACKEND_PID" 15 || daemon_failed cirro-backend "did not open its socket within 15 s"
+}
+
+# refuses_writes VOLUME_OPTIONS BACKEND_OPTION...: the guest sees a disk that it cannot write, reads it, and not a byte of the file changes.
+refuses_writes() {
+  local before
+  if ((ACKED == 0)); then
+    the_guest
+    plain_work
+  fi
+  other_daemons "$@"
+  before=$(sha256sum "$RAW")
+  begin_guest
+  GUEST_KIND=reader
+  word is ro 1
+  word cannot_be_written
+  word mount_read_only
+  word check_numbers "$ACKED"
+  word read_all
+  word kernel_has_no_complaint
+  end_guest
+  [[ $(sha256sum "$RAW") == "$before" ]] || die "a disk that is read-only was changed"
+  other_daemons ",serial=$SERIAL" --queue-size 1024
+}
+
+case_read_only_volume() { refuses_writes ",ro" --read-only; }
+case_read_only_backend() { refuses_writes "" --read-only; }
+
 main() {
   local started_s=$SECONDS name
   parse "$@"
@@ -327,6 +443,7 @@ main() {
   rig_up
   truncate -s "$((FS_MIB + NUMBERS_MIB + FIO_MIB))M" "$RAW"
   open_pipes
+  BACKEND_OPTIONS=(--queue-size 1024)
   start_daemons
   for name in "${WANTED[@]}"; do
     "case_$name"

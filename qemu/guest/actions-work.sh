@@ -193,14 +193,26 @@ online_memory() {
   done
 }
 
-# data_is_in_new_memory: fio, which began after the memory was there, has its buffers in it: 16 of up to 64 KiB.
-data_is_in_new_memory() {
+# data_is_in_movable_memory: fio, which began after the memory was there, has its buffers in it: 16 of up to 64 KiB.
+data_is_in_movable_memory() {
   awk '/^Node/ { zone = $4 } zone == "Movable" && $1 == "managed" { all = $2 } zone == "Movable" && $2 == "free" { free = $3 }
     END { print all - free, "of", all, "pages in use"; exit all - free < 256 }' /proc/zoneinfo
 }
 
 # has_queues COUNT
 has_queues() { [ "$(find /sys/block/vda/mq -mindepth 1 -maxdepth 1 -type d | wc -l)" = "$1" ]; }
+
+# holds_requests COUNT: the disk's queues have so many places, which is how many requests the kernel gives them.
+holds_requests() { [ "$(cat /sys/block/vda/queue/nr_requests)" = "$1" ]; }
+
+cannot_be_written() {
+  if /usr/bin/dd if=/dev/zero of=$DISK bs=4K count=1 oflag=direct conv=notrunc,nocreat; then return 1; fi
+  if /usr/sbin/blkdiscard -f -o 0 -l 1048576 $DISK; then return 1; fi
+}
+
+mount_read_only() { mount -o ro $DISK /mnt; }
+
+read_all() { /usr/bin/dd if=$DISK of=/dev/null bs=1M iflag=direct status=none; }
 
 # --- the conversation
 

@@ -83,7 +83,7 @@ fn every_mistake_is_told_in_one_line() {
         ("--socket-path /s --link l", None, "--volume NAME is missing"),
         ("--link l --volume v", None, "--socket-path PATH (or --fd N) is missing"),
         ("--socket-path /s --link l --volume v --queues 65", None, "queues is 65: it must be 1 to 64"),
-        ("--socket-path /s --link l --volume v --queue-size 100", None, "a power of two from 4 to 1024"),
+        ("--socket-path /s --link l --volume v --queue-size 100", None, "a power of two from 2 to 1024"),
         (
             "--socket-path /s --link l --volume v --security keys",
             None,
