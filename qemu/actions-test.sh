@@ -336,7 +336,7 @@ case_stop_without_node() {
   the_guest
   load files
   kill -KILL "$NODE_PID"
-  wait "$NODE_PID" || true
+  wait "$NODE_PID" 2>/dev/null || true
   start_node
   kill -STOP "$NODE_PID"
   sleep 0.5
@@ -403,7 +403,7 @@ other_daemons() {
   rm -f "$WORK/disk.sock" "$WORK/node.ctl"
   start_node
   wait_for_socket "$WORK/node.ctl" "$NODE_PID" 15 || daemon_failed cirro-node "did not open its control socket within 15 s"
-  start_backend
+  QUEUES=16 start_backend
   wait_for_socket "$WORK/disk.sock" "$BACKEND_PID" 15 || daemon_failed cirro-backend "did not open its socket within 15 s"
 }
 
@@ -444,7 +444,7 @@ main() {
   truncate -s "$((FS_MIB + NUMBERS_MIB + FIO_MIB))M" "$RAW"
   open_pipes
   BACKEND_OPTIONS=(--queue-size 1024)
-  start_daemons
+  QUEUES=16 start_daemons
   for name in "${WANTED[@]}"; do
     "case_$name"
     passed "$name"
