@@ -15,7 +15,7 @@ USAGE="usage: actions-test.sh [--only NAME,...] [--quick] [--list] [--bin-dir DI
 # In the order in which they are run: neighbours share a guest.
 CASES=(serial write_cache stop_and_cont stop_without_node unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug reboot system_reset
   memory_512M memory_4G queues_1 queues_4 queues_8 queues_16 queue_size_2 queue_size_4 queue_size_64 queue_size_256 queue_size_1024
-  read_only_volume read_only_backend)
+  read_only_volume read_only_backend migrate_to_file migrate_to_another_backend savevm_and_loadvm)
 QUICK=(stop_and_cont unbind_and_rebind device_del_and_add memory_hotplug reboot system_reset)
 WANTED=()
 NUMBERS_MIB=64
@@ -116,12 +116,17 @@ open_pipes() {
   undo stop_process $!
 }
 
-# begin_guest [OPTION]...: run-guest.sh with these and what all cases want, ready for words.
-begin_guest() {
+# start_machine [OPTION]...: run-guest.sh with these and what all cases want.
+start_machine() {
   : >"$WORK/console.log"
   GUEST_OPTIONS=(--input "$WORK/word" --monitor "$WORK/qmp" --with -action --with reboot=reset "$@")
   start_guest "$QEMU_DIR/guest/actions-work.sh" FS_MIB="$FS_MIB" NUMBERS_MIB="$NUMBERS_MIB" FIO_MIB="$FIO_MIB" "${GUEST_VARIABLES[@]}"
   qmp qmp_capabilities
+}
+
+# begin_guest [OPTION]...: a guest that is ready for words.
+begin_guest() {
+  start_machine "$@"
   wait_until 120 boot reported_more ready 0
 }
 
@@ -157,7 +162,8 @@ the_guest() {
 }
 GUEST_VARIABLES=()
 DISK=bus=bay,id=disk
-COMMON_OPTIONS=(--with -device --with pcie-root-port,id=bay,chassis=1 --with -m --with slots=2,maxmem=4G)
+# More of it, known once there is a directory: the second disk is where savevm puts the machine.
+COMMON_OPTIONS=()
 
 # --- loads and what has to be true after them
 
@@ -349,6 +355,65 @@ case_stop_without_node() {
   end_load
 }
 
+migrated() {
+  qmp query-migrate
+  [[ $ANSWER != *'"status": "failed"'* ]] || die "QEMU's migration failed: $ANSWER"
+  [[ $ANSWER == *'"status": "completed"'* ]]
+}
+
+# to_file_and_back [COMMAND]...: the guest goes into a file under load, and comes out of it in another QEMU; the command is run between the two.
+to_file_and_back() {
+  the_guest
+  load files
+  qmp migrate "{\"uri\": \"exec:cat >$WORK/machine\"}"
+  wait_until 120 "go into a file" migrated
+  note_acked
+  qmp quit
+  wait "$GUEST_PID" 2>/dev/null || true
+  "$@"
+  start_machine "${COMMON_OPTIONS[@]}" --disk-options "$DISK" --with -incoming --with "exec:cat $WORK/machine"
+  work_on
+  end_load
+  rm "$WORK/machine"
+}
+
+kill_backend() {
+  kill -KILL "$BACKEND_PID"
+  wait "$BACKEND_PID" 2>/dev/null || true
+  rm -f "$WORK/disk.sock"
+  QUEUES=16 start_backend
+  wait_for_socket "$WORK/disk.sock" "$BACKEND_PID" 15 || daemon_failed cirro-backend "did not open its socket within 15 s"
+}
+
+case_migrate_to_file() { to_file_and_back true; }
+case_migrate_to_another_backend() { to_file_and_back kill_backend; }
+
+# hmp COMMAND: one of the human monitor, which says nothing when it has done it.
+hmp() {
+  qmp human-monitor-command "{\"command-line\": \"$1\"}"
+  [[ $ANSWER == *'"return": ""'* ]] || die "QEMU refuses $1: $ANSWER"
+}
+
+# The guest goes back in time and its disk does not, so nothing of the disk may be in the guest's memory: no file system is mounted, and the load is one
+# that writes the same bytes again.
+case_savevm_and_loadvm() {
+  local once
+  the_guest
+  word unmount_files
+  word load_numbers "$ACKED"
+  work_on
+  hmp 'savevm once'
+  once=$(reported 'acked [0-9]+')
+  work_on
+  note_acked
+  hmp 'loadvm once'
+  work_on
+  (($(reported 'acked [0-9]+') > once)) || die "the guest did not go on after loadvm"
+  end_load
+  word check_numbers "$ACKED"
+  word mount_files
+}
+
 # plain_work: loads that go well, on a guest of its own.
 plain_work() {
   load files
@@ -443,6 +508,9 @@ main() {
   rig_up
   truncate -s "$((FS_MIB + NUMBERS_MIB + FIO_MIB))M" "$RAW"
   open_pipes
+  qemu-img create -q -f qcow2 "$WORK/snapshots.qcow2" 1M
+  COMMON_OPTIONS=(--with -device --with pcie-root-port,id=bay,chassis=1 --with -m --with slots=2,maxmem=4G
+    --with -drive --with "if=none,id=snapshots,format=qcow2,file=$WORK/snapshots.qcow2")
   BACKEND_OPTIONS=(--queue-size 1024)
   QUEUES=16 start_daemons
   for name in "${WANTED[@]}"; do

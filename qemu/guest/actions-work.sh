@@ -109,6 +109,13 @@ load_disk() {
   FILES=''
 }
 
+# load_numbers FROM: numbered blocks alone.
+load_numbers() {
+  begin_load "$1"
+  FIO=''
+  FILES=''
+}
+
 begin_load() {
   rm -f /tmp/enough
   write_numbers "$1" &
@@ -118,8 +125,8 @@ begin_load() {
 # end_load: all of it has gone well to the end.
 end_load() {
   : >/tmp/enough
-  wait $FIO
   wait $NUMBERS
+  [ -z "$FIO" ] || wait $FIO
   [ -z "$FILES" ] || wait $FILES
 }
 
