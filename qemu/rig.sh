@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Two hosts on one machine, the daemons on them, a guest on the disk, and the proof on the storage side.
 #
-# It is sourced after lib.sh by demo.sh, guest-test.sh and crash-test.sh, which set the variables below and then call the functions
+# It is sourced after lib.sh by demo.sh, guest-test.sh, crash-test.sh and actions-test.sh, which set the variables below and then call the functions
 # in the order of this file. A host is a network namespace; its only interface is its end of a veth pair, so names cannot
 # clash with anything of the machine. It knows the daemons' command lines and nothing of their inside.
 

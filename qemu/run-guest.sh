@@ -83,7 +83,7 @@ qemu_arguments() {
   # What is written into INPUT.in comes out of the guest's third serial port; INPUT.out has to be there too.
   [[ -z $INPUT ]] || ARGUMENTS+=(-serial "pipe:$INPUT")
   # QMP: commands into MONITOR.in, answers and events out of MONITOR.out.
-  [[ -z $MONITOR ]] || ARGUMENTS+=(-chardev "pipe,id=monitor,path=$MONITOR" -mon chardev=monitor,mode=control)
+  [[ -z $MONITOR ]] || ARGUMENTS+=(-chardev "pipe,id=monitor,path=$MONITOR" -mon "chardev=monitor,mode=control")
   ARGUMENTS+=("${WITH[@]}")
   [[ -z $SOCKET ]] || ARGUMENTS+=(
     -chardev "socket,id=disk,path=$SOCKET,$reconnect"

@@ -125,15 +125,15 @@ begin_load() {
 # end_load: all of it has gone well to the end.
 end_load() {
   : >/tmp/enough
-  wait $NUMBERS
-  [ -z "$FIO" ] || wait $FIO
-  [ -z "$FILES" ] || wait $FILES
+  wait "$NUMBERS"
+  [ -z "$FIO" ] || wait "$FIO"
+  [ -z "$FILES" ] || wait "$FILES"
 }
 
 # lose_load: all of it ends by itself, because the disk is gone.
 lose_load() {
-  if wait $FIO; then return 1; fi
-  if wait $NUMBERS; then return 1; fi
+  if wait "$FIO"; then return 1; fi
+  if wait "$NUMBERS"; then return 1; fi
 }
 
 kernel_has_no_complaint() {
