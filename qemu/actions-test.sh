@@ -13,10 +13,10 @@ source "$QEMU_DIR/rig.sh"
 
 USAGE="usage: actions-test.sh [--only NAME,...] [--quick] [--list] [--bin-dir DIR] [--keep]"
 # In the order in which they are run: neighbours share a guest.
-CASES=(serial write_cache stop_and_cont stop_without_node unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug reboot system_reset
+CASES=(serial write_cache stop_and_cont stop_without_node reboot system_reset unbind_and_rebind pci_remove_and_rescan device_del_and_add memory_hotplug
   memory_512M memory_4G queues_1 queues_2 queues_4 queues_8 queues_16 queue_size_2 queue_size_4 queue_size_64 queue_size_128 queue_size_256 queue_size_1024
   read_only_volume read_only_backend migrate_to_file migrate_to_another_backend savevm_and_loadvm)
-QUICK=(stop_and_cont unbind_and_rebind device_del_and_add memory_hotplug reboot system_reset)
+QUICK=(stop_and_cont reboot system_reset unbind_and_rebind device_del_and_add memory_hotplug)
 WANTED=()
 NUMBERS_MIB=64
 SERIAL=VM1-0123456789abcdef

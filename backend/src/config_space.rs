@@ -24,9 +24,6 @@ pub const SIZE_MAX: u32 = REQUEST_BYTES_MAX as u32;
 /// Offset of `writeback`, the one field a driver may write.
 pub const WRITEBACK_OFFSET: usize = 32;
 
-/// The back-end can mark the pages that it writes (vhost-user, "Migration"): QEMU moves or saves no guest otherwise.
-const VHOST_F_LOG_ALL: u32 = 26;
-
 const CAPACITY: usize = 0;
 const SIZE_MAX_AT: usize = 8;
 const SEG_MAX_AT: usize = 12;
@@ -58,7 +55,6 @@ impl Identity {
     /// The feature bits offered.
     pub fn features(&self) -> u64 {
         let always = [
-            VHOST_F_LOG_ALL,
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
             VIRTIO_RING_F_INDIRECT_DESC,
@@ -191,12 +187,12 @@ mod tests {
     }
 
     /// Bit numbers from virtio 1.2: 1 SIZE_MAX, 2 SEG_MAX, 6 BLK_SIZE, 9 FLUSH, 10 TOPOLOGY, 11 CONFIG_WCE, 12 MQ, 28 INDIRECT, 29 EVENT_IDX,
-    /// 32 VERSION_1; vhost-user: 26 LOG_ALL, 30 PROTOCOL_FEATURES.
+    /// 32 VERSION_1; vhost-user: 30 PROTOCOL_FEATURES.
     #[test]
     fn the_features_promised_are_offered() {
         let features = identity(0, 512).features();
         let promised =
-            [1, 2, 6, 9, 10, 11, 12, 26, 28, 29, 30, 32].iter().fold(0u64, |bits, bit| bits | 1 << bit);
+            [1, 2, 6, 9, 10, 11, 12, 28, 29, 30, 32].iter().fold(0u64, |bits, bit| bits | 1 << bit);
         assert_eq!(features, promised);
     }
 
