@@ -66,9 +66,11 @@ impl Identity {
             VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
         ];
-        let mut bits = always
-            .iter()
-            .fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |bits, bit| bits | 1 << bit);
+        // The last two are between front-end and backend: QEMU migrates no guest without a dirty log.
+        let mut bits = always.iter().fold(
+            (VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL).bits(),
+            |bits, bit| bits | 1 << bit,
+        );
         if self.is_read_only() {
             bits |= 1 << VIRTIO_BLK_F_RO;
         } else {
