@@ -17,7 +17,8 @@ MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_p
   crc16 mbcache jbd2 crc32c_generic ext4 qemu_fw_cfg)
 # Packed, but loaded by nobody: what only some runs want.
 MODULES_LATER=()
-PROGRAMS=(/usr/bin/fio /usr/sbin/mke2fs /usr/sbin/e2fsck /usr/sbin/resize2fs /usr/sbin/blkdiscard /usr/sbin/fstrim /usr/bin/sha256sum)
+PROGRAMS=(/usr/bin/fio /usr/sbin/mke2fs /usr/sbin/e2fsck /usr/sbin/resize2fs /usr/sbin/blkdiscard /usr/sbin/fstrim /usr/bin/sha256sum
+  /usr/bin/dd)
 # Files and directories that programs read.
 FILES=()
 # What all that is of.

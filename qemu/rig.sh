@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Two hosts on one machine, the daemons on them, a guest on the disk, and the proof on the storage side.
 #
-# It is sourced after lib.sh by demo.sh, guest-test.sh and crash-test.sh, which set the variables below and then call the functions
+# It is sourced after lib.sh by demo.sh, guest-test.sh, crash-test.sh and actions-test.sh, which set the variables below and then call the functions
 # in the order of this file. A host is a network namespace; its only interface is its end of a veth pair, so names cannot
 # clash with anything of the machine. It knows the daemons' command lines and nothing of their inside.
 
@@ -10,6 +10,8 @@ BIN_DIR='' MTU=9000 LOSS_PERCENT=0 VCPUS=2 QUEUES='' GUEST_TIMEOUT_S=200
 FS_MIB=192 HOLE_MIB=16 FIO_MIB=64 TREE=/usr,/lib,/modules
 # More of the volume's description at the node: `,KEY=VALUE`.
 VOLUME_OPTIONS=''
+# More options of the backend.
+BACKEND_OPTIONS=()
 # How frames are protected: keys, made for the run, or none.
 SECURITY=${SECURITY:-keys}
 
@@ -98,7 +100,7 @@ start_backend() {
   # A daemon without the record of what is in flight knows no such option.
   ! "$BIN_DIR/cirro-backend" --help | grep -q -- --run-dir || run_dir=(--run-dir "$WORK/run")
   start_daemon cirro-backend "$BACKEND_NS" "${BACKEND_KEYS[@]}" --socket-path "$WORK/disk.sock" --volume "$VOLUME" --queues "${QUEUES:-$VCPUS}" \
-    --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}"
+    --state-dir "$WORK/backend" --ctl-socket "$WORK/backend.ctl" "${run_dir[@]}" "${BACKEND_OPTIONS[@]}"
   BACKEND_PID=$STARTED_PID
 }
 

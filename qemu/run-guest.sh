@@ -10,11 +10,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
-                    [--console FILE] [--input PIPE] [--accel kvm|tcg] [--image NAME] [--overlay CPIO]
-                    [--wire SOCKET] [--mac MAC] [--mtu N] SCRIPT [NAME=VALUE]..."
-SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' INPUT='' ACCEL=''
+USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
+                    [--console FILE] [--input PIPE] [--monitor PIPE] [--disk-options KEY=VALUE,...] [--with QEMU_ARGUMENT]...
+                    [--accel kvm|tcg] [--image NAME] [--overlay CPIO] [--wire SOCKET] [--mac MAC] [--mtu N] SCRIPT [NAME=VALUE]..."
+SOCKET='' NETNS='' VCPUS=2 QUEUES='' MEMORY_MIB=768 TIMEOUT_S=120 CONSOLE='' INPUT='' MONITOR='' DISK_OPTIONS='' ACCEL=''
 IMAGE=guest OVERLAY='' WIRE='' MAC=52:54:00:00:00:01 MTU=9000
-SCRIPT='' VARIABLES=()
+SCRIPT='' VARIABLES=() WITH=()
 QEMU=${QEMU:-qemu-system-x86_64}
 
 usage_error() {
@@ -35,6 +36,9 @@ parse() {
       --timeout) TIMEOUT_S=$2 ;;
       --console) CONSOLE=$2 ;;
       --input) INPUT=$2 ;;
+      --monitor) MONITOR=$2 ;;
+      --disk-options) DISK_OPTIONS=,$2 ;;
+      --with) WITH+=("$2") ;;
       --accel) ACCEL=$2 ;;
       --image) IMAGE=$2 ;;
       --overlay) OVERLAY=$2 ;;
@@ -86,9 +90,12 @@ qemu_arguments() {
   )
   # What is written into INPUT.in comes out of the guest's third serial port; INPUT.out has to be there too.
   [[ -z $INPUT ]] || ARGUMENTS+=(-serial "pipe:$INPUT")
+  # QMP: commands into MONITOR.in, answers and events out of MONITOR.out.
+  [[ -z $MONITOR ]] || ARGUMENTS+=(-chardev "pipe,id=monitor,path=$MONITOR" -mon "chardev=monitor,mode=control")
+  ARGUMENTS+=("${WITH[@]}")
   [[ -z $SOCKET ]] || ARGUMENTS+=(
     -chardev "socket,id=disk,path=$SOCKET,$reconnect"
-    -device "vhost-user-blk-pci,chardev=disk,num-queues=$QUEUES"
+    -device "vhost-user-blk-pci,chardev=disk,num-queues=$QUEUES$DISK_OPTIONS"
   )
   [[ -z $WIRE ]] || wire_arguments
 }

@@ -74,7 +74,7 @@ pub struct Flags {
     /// Queues to offer (1 to 64) [default: 16].
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
-    /// Largest queue to accept (a power of two, 4 to 1024) [default: 256].
+    /// Largest queue to accept (a power of two, 2 to 1024) [default: 256].
     #[arg(long, value_name = "N")]
     pub queue_size: Option<u16>,
     /// Read disks and settings from this TOML file; flags win over it.
@@ -493,8 +493,8 @@ fn entry(flags: &Flags, keys: &Keys, number: usize, listed: FileDisk) -> Result<
     let queues = flags.queues.or(listed.queues).unwrap_or(QUEUES_DEFAULT);
     let queue_size = flags.queue_size.or(listed.queue_size).unwrap_or(QUEUE_SIZE_DEFAULT);
     in_range("queues", queues.into(), 1..=QUEUES_MAX.into(), "1 to 64")?;
-    if !queue_size.is_power_of_two() || !(4..=QUEUE_SIZE_MAX).contains(&queue_size) {
-        return Err(range("queue-size", queue_size.into(), "a power of two from 4 to 1024"));
+    if !queue_size.is_power_of_two() || !(2..=QUEUE_SIZE_MAX).contains(&queue_size) {
+        return Err(range("queue-size", queue_size.into(), "a power of two from 2 to 1024"));
     }
     if let Some(Socket::Fd(fd)) = socket {
         in_range(

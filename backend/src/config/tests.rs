@@ -43,6 +43,7 @@ fn what_is_not_said_has_the_documented_default() {
 #[test]
 fn a_file_lists_disks_and_flags_win_over_it() {
     let file = "link = 'eth9'\npoll-us = 7\n[[disk]]\nvolume = 'a'\nsocket-path = '/a'\nqueues = 2\n[[disk]]\nvolume = 'b'\nfd = 5\nread-only = true\n";
+    assert_eq!(parse("--link eth1 --queue-size 2", Some(file)).unwrap().disks[0].queue_size, 2);
     let config = parse("--link eth1 --queue-size 64", Some(file)).unwrap();
     assert_eq!((config.link.interface.as_str(), config.poll_us), ("eth1", 7));
     let [a, b] = &config.disks[..] else { panic!("two disks") };
@@ -83,7 +84,8 @@ fn every_mistake_is_told_in_one_line() {
         ("--socket-path /s --link l", None, "--volume NAME is missing"),
         ("--link l --volume v", None, "--socket-path PATH (or --fd N) is missing"),
         ("--socket-path /s --link l --volume v --queues 65", None, "queues is 65: it must be 1 to 64"),
-        ("--socket-path /s --link l --volume v --queue-size 100", None, "a power of two from 4 to 1024"),
+        ("--socket-path /s --link l --volume v --queue-size 100", None, "a power of two from 2 to 1024"),
+        ("--socket-path /s --link l --volume v --queue-size 1", None, "a power of two from 2 to 1024"),
         (
             "--socket-path /s --link l --volume v --security keys",
             None,

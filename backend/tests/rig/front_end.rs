@@ -296,11 +296,11 @@ impl Guest {
         self.give_memory();
         let frontend = &mut self.frontend;
         let state = self.ring.state();
-        frontend.set_vring_num(0, SIZE).unwrap();
+        frontend.set_vring_num(0, state.size).unwrap();
         frontend.set_vring_base(0, base).unwrap();
         let addresses = VringConfigData {
             queue_max_size: SIZE,
-            queue_size: SIZE,
+            queue_size: state.size,
             flags: 0,
             desc_table_addr: FRONT_END_ADDRESS + state.desc_table,
             used_ring_addr: FRONT_END_ADDRESS + state.used_ring,

@@ -19,6 +19,7 @@ pub(crate) struct Ring {
     pub(crate) memory: Regions,
     base: u64,
     event_idx: bool,
+    size: u16,
     next_avail: u16,
     next_used: u16,
     free: Vec<u16>,
@@ -35,14 +36,20 @@ pub(crate) struct Used {
 impl Ring {
     /// Ring `index` of a guest.
     pub(crate) fn new(memory: &Regions, index: u64, event_idx: bool) -> Ring {
+        Ring::of_size(memory, index, event_idx, SIZE)
+    }
+
+    /// One that is smaller than most.
+    pub(crate) fn of_size(memory: &Regions, index: u64, event_idx: bool, size: u16) -> Ring {
         let base = 0x1000 + index * RING_BYTES;
         Ring {
             memory: memory.clone(),
             base,
             event_idx,
+            size,
             next_avail: 0,
             next_used: 0,
-            free: (0..SIZE / 4).map(|place| place * 4).rev().collect(),
+            free: (0..size.div_ceil(4)).map(|place| place * 4).rev().collect(),
         }
     }
 
@@ -53,7 +60,7 @@ impl Ring {
             next_avail: self.next_avail,
             next_used: self.next_used,
             event_idx_enabled: self.event_idx,
-            size: SIZE,
+            size: self.size,
             ready: true,
             desc_table: self.base,
             avail_ring: self.base + AVAIL,
@@ -102,9 +109,25 @@ impl Ring {
         head
     }
 
+    /// Makes a request available in two descriptors, all that a ring of two has: what is read by the device, header first, and what it writes, status
+    /// last. The data is at `DATA + 16`; gives where the status will be.
+    pub(crate) fn add_in_two(&mut self, kind: u32, sector: u64, len: u32) -> u64 {
+        let head = self.free.pop().expect("a free place on the ring");
+        self.put(DATA, kind);
+        self.put(DATA + 8, sector);
+        let (read, status) =
+            if kind == 0 { (16, DATA + 16 + u64::from(len)) } else { (16 + len, self.base + STATUSES) };
+        let written = if kind == 0 { (DATA + 16, len + 1) } else { (status, 1) };
+        self.put(status, 0xffu8);
+        self.descriptor(head, DATA, read, 1);
+        self.descriptor(head + 1, written.0, written.1, 2);
+        self.offer(head);
+        status
+    }
+
     /// Makes a head available, whatever it is.
     pub(crate) fn offer(&mut self, head: u16) {
-        self.put(self.base + AVAIL + 4 + u64::from(self.next_avail % SIZE) * 2, head);
+        self.put(self.base + AVAIL + 4 + u64::from(self.next_avail % self.size) * 2, head);
         self.next_avail = self.next_avail.wrapping_add(1);
         self.put(self.base + AVAIL + 2, self.next_avail);
     }
@@ -124,7 +147,7 @@ impl Ring {
         let index: u16 = self.get(self.base + USED + 2);
         let mut used = Vec::new();
         while self.next_used != index {
-            let at = self.base + USED + 4 + u64::from(self.next_used % SIZE) * 8;
+            let at = self.base + USED + 4 + u64::from(self.next_used % self.size) * 8;
             let (head, len): (u32, u32) = (self.get(at), self.get(at + 4));
             let head = head as u16;
             used.push(Used { head, len, status: self.get(self.base + STATUSES + u64::from(head)) });
@@ -133,14 +156,14 @@ impl Ring {
             self.next_used = self.next_used.wrapping_add(1);
         }
         // used_event, which lies behind the available ring.
-        self.put(self.base + AVAIL + 4 + u64::from(SIZE) * 2, self.next_used);
+        self.put(self.base + AVAIL + 4 + u64::from(self.size) * 2, self.next_used);
         used
     }
 
     /// How many kicks the device wants: true if it asked for one for the request made available last (virtio 1.2, section 2.7.10).
     pub(crate) fn wants_kick(&self) -> bool {
         if self.event_idx {
-            let event: u16 = self.get(self.base + USED + 4 + u64::from(SIZE) * 8);
+            let event: u16 = self.get(self.base + USED + 4 + u64::from(self.size) * 8);
             self.next_avail.wrapping_sub(event).wrapping_sub(1) < 1
         } else {
             self.get::<u16>(self.base + USED) & 1 == 0
