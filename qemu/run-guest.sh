@@ -2,14 +2,14 @@
 # Boots a guest of guest-image.sh, has it run one script, and exits with that script's exit code.
 #
 # The disk is a vhost-user-blk device on the socket of a back-end that is already there; without --socket the guest has
-# no disk. With --wire it has a network interface that leads to one other guest, by a socket that the first of the two makes. What the script reports (see README.md) goes to standard output as it comes, the guest's console to a file.
+# no disk. With --wire it has a network interface that leads to one other guest, by a socket that the first of the two makes. What
+# the script reports (see README.md) goes to standard output as it comes, the guest's console to a file.
 # Exit codes of its own: 124 the time was up, 125 the guest ended without a word, 2 usage. It knows nothing of the network
 # behind the back-end. Called by demo.sh, guest-test.sh and others, and by hand.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
 USAGE="usage: run-guest.sh [--socket PATH] [--netns NAME] [--vcpus N] [--queues N] [--memory MIB] [--timeout SECONDS]
                     [--console FILE] [--input PIPE] [--monitor PIPE] [--disk-options KEY=VALUE,...] [--with QEMU_ARGUMENT]...
                     [--accel kvm|tcg] [--image NAME] [--overlay CPIO] [--wire SOCKET] [--mac MAC] [--mtu N] SCRIPT [NAME=VALUE]..."

@@ -61,19 +61,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .with_context(|| format!("cannot open link {}", config.link.interface))?;
     let facts = link_facts(&config, &links, started);
     let security = open_security(&config, &state)?;
-
-    let user = config.user.as_deref().map(User::named).transpose()?;
-    if let Some(user) = &user {
-        user.take(&config.state_dir)?;
-        user.take(&config.state_dir.join("owners"))?;
-        user.take_folder_of(&config.ctl_socket)?;
-    }
-    let needs = match config.link.reopens() {
-        Reopens::Nothing => Needs::Nothing,
-        Reopens::PacketSockets => Needs::PacketSockets,
-        Reopens::XdpSockets => Needs::XdpSockets,
-    };
-    confine(user.as_ref(), needs)?;
+    give_up_privileges(&config)?;
 
     let worker_of = |index: usize| (index % usize::from(config.link.workers)) as u16;
     let names = volumes.iter().enumerate().map(|(index, volume)| (volume.name, worker_of(index)));
@@ -127,6 +115,23 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     drop(server);
     ended.into_iter().collect::<anyhow::Result<()>>()?;
     log::info!("ended");
+    Ok(())
+}
+
+/// Everything is open: becomes who it is to be, with no more than it needs from now on.
+fn give_up_privileges(config: &Config) -> anyhow::Result<()> {
+    let user = config.user.as_deref().map(User::named).transpose()?;
+    if let Some(user) = &user {
+        user.take(&config.state_dir)?;
+        user.take(&config.state_dir.join("owners"))?;
+        user.take_folder_of(&config.ctl_socket)?;
+    }
+    let needs = match config.link.reopens() {
+        Reopens::Nothing => Needs::Nothing,
+        Reopens::PacketSockets => Needs::PacketSockets,
+        Reopens::XdpSockets => Needs::XdpSockets,
+    };
+    confine(user.as_ref(), needs)?;
     Ok(())
 }
 
