@@ -5,7 +5,8 @@
 # pauses: fio verifies its data, a cached file shows pages that were not moved, its kernel has no complaint, and the node's file holds a
 # clean file system. Prints QEMU's downtime and the longest pause of each move. Knows QEMU by its monitor, the daemons by their command
 # lines, logs and `cirroctl`. --times N moves it N times in each direction; --aborts adds a cancelled migration, a destination
-# whose QEMU is killed, and one whose backend is.
+# whose QEMU is killed, and one whose backend is. QEMU 7.2 under TCG loses pages of a guest that it moves, with its own virtio-blk too: a failure there
+# says nothing of the backend before it was seen with another QEMU.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -205,7 +206,7 @@ move() {
   to=$(other "$HOST")
   # Every second time the destination's backend is a new process.
   ((STARTED % 4 < 2)) || restart_backend_of "$to"
-  begin_move "$to" 200M
+  begin_move "$to" 60M
   await_state "$HOST" completed
   [[ -n $DOWNTIME ]] || fail "QEMU does not tell its downtime"
   end_qemu "$HOST"

@@ -15,7 +15,7 @@ logs=${CARGO_TARGET_DIR:-target}/test-logs
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 release=$target/release
 export target release
-# name | budget in seconds | command. The gate's budgets add up to 26 minutes; a run takes less.
+# name | budget in seconds | command. The gate's budgets add up to 29 minutes; a run takes less.
 # shellcheck disable=SC2016 # the shell that runs a suite expands it
 gate=(
     'install|40|tests/install.sh'
@@ -25,13 +25,19 @@ gate=(
     'fuzz|160|tests/fuzz/run.sh build'
     'sim|200|"$target/checked/cirro-sim" --from 1 --count 9000 && "$target/checked/cirro-sim" --random --count 1500'
     'instructions|40|tests/instructions.sh'
-    'e2e|300|CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1'
+    'e2e|330|CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1'
     'udp|55|CIRRO_LINK_MODE=udp CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1 matrix::what_is_written_is_read_at_mtu_1500 path:: sessions::requests_wait sharing::two_nodes ownership::of_two'
+    'xdp|45|CIRRO_LINK_MODE=xdp CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1 matrix::what_is_written_is_read_at_mtu_9000 path::a_path privilege::daemons_give xdp::'
     'guest|65|for options in "" "--loss 1 --vcpus 4"; do qemu/guest-test.sh --bin-dir "$release" $options || exit 1; done; SECURITY=none qemu/guest-test.sh --bin-dir "$release" --mtu 1500'
+    'resize|40|qemu/resize-test.sh --bin-dir "$release"'
+    'libvirt|60|qemu/libvirt-test.sh --bin-dir "$release"'
     'crash|85|qemu/crash-test.sh --bin-dir "$release" --kills 3 --mode write-back'
 )
 # shellcheck disable=SC2016
 longer=(
+    'actions|600|qemu/actions-test.sh --bin-dir "$release"'
+    'nested|720|qemu/nested/run.sh --bin-dir "$release"'
+    'suites|1500|qemu/suites-test.sh --bin-dir "$release"'
     'keys|320|CIRRO_SECURITY=keys CIRRO_BIN_DIR=$release cargo test --workspace --profile checked --test e2e --locked -- --test-threads=1 --skip tap:: --skip keys::'
     'crashes|450|for mode in write-through write-back; do qemu/crash-test.sh --bin-dir "$release" --kills 20 --mode $mode || exit 1; done'
     'mutants|1200|"$target/checked/cirro-sim" --mutants'

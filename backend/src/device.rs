@@ -100,6 +100,7 @@ impl Device {
     /// Stops every ring, all at the same time, and lets go of the guest's memory: after the front-end has gone.
     pub fn close(&self) {
         self.stop_rings();
+        *self.inner.memory.lock().expect("no holder of this lock panics") = Regions::new();
         self.ask(Change::Memory(Regions::new()));
     }
 

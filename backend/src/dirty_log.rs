@@ -67,7 +67,8 @@ impl Bits {
 
     fn mark(&self, offset: usize, len: usize) {
         for page in self.pages(offset, len) {
-            self.log[page / 8].fetch_or(1 << (page % 8), Ordering::Relaxed);
+            // Who sees the bit sees what was written.
+            self.log[page / 8].fetch_or(1 << (page % 8), Ordering::Release);
         }
     }
 

@@ -1,7 +1,7 @@
 # shellcheck shell=sh
-# What the guest does while it is moved from host to host: the load of crash-work.sh, and a file that only the disk writes into its memory.
+# What the guest does while it is moved from host to host: the load of crash-work.sh, and files that only the disk writes into its memory.
 #
-# The guest's init runs it with -eu and FS_MIB, FIO_MIB, CACHE_MIB. It reports as crash-work.sh does. A page of the cached file is
+# The guest's init runs it with -eu and FS_MIB, FIO_MIB, CACHE_MIB. It reports as crash-work.sh does. A page of a cached file is
 # written by the device, never by the guest: when its checksum is made a moment later, nothing is read from the disk again, so a page
 # that the host forgot to move shows.
 DISK=/dev/vda
@@ -30,16 +30,27 @@ small_files() {
   done
 }
 
+# stale_pages FILE: the pages of the cached file that are not what the disk has, the first twenty of them, and how many bytes of each.
+stale_pages() {
+  cp "$1" /tmp/cached
+  echo 1 >/proc/sys/vm/drop_caches
+  sha256sum -c "/tmp/${1##*/}" >/dev/null && echo "(the disk is right)"
+  cmp -l /tmp/cached "$1" | awk '{ bytes[int(($1 - 1) / 4096)]++ } END { for (page in bytes) print page ":" bytes[page] }' | sort -n >/tmp/pages
+  echo "$(wc -l </tmp/pages) of them: $(head -n 20 /tmp/pages | tr "\n" " ")"
+}
+
+# cached_file: two files take turns, so that a page which was not moved has the bytes of the other.
 cached_file() {
   rounds=0
   while [ ! -e /tmp/enough ]; do
     rounds=$((rounds + 1))
+    now=$((rounds % 2))
     echo 1 >/proc/sys/vm/drop_caches
-    cat /mnt/known >/dev/null
+    cat /mnt/known-$now >/dev/null
     sleep 1
-    if [ "$(sha256sum </mnt/known)" != "$known" ]; then
-      report "failed stale pages: the cached file is not what was read, round $rounds"
+    if ! sha256sum -c /tmp/known-$now >/dev/null; then
       : >/tmp/stale
+      report "failed stale pages: the cached file is not what was read, round $rounds, pages: $(stale_pages /mnt/known-$now)"
       return 1
     fi
   done
@@ -58,9 +69,11 @@ stty -F /dev/ttyS2 raw -echo
 what='mkfs.ext4 and mount'
 /usr/sbin/mke2fs -q -t ext4 -F $DISK "${FS_MIB}M"
 mount $DISK /mnt
-dd if=/dev/urandom of=/mnt/known bs=1M count="$CACHE_MIB" 2>/dev/null
+for name in known-0 known-1; do
+  dd if=/dev/urandom of=/mnt/$name bs=1M count="$CACHE_MIB" 2>/dev/null
+  sha256sum /mnt/$name >/tmp/$name
+done
 sync
-known=$(sha256sum </mnt/known)
 
 report load
 small_files &
