@@ -13,7 +13,7 @@ fuzz_target!(|text: &str| {
     let flags = Flags { link: Some("eth0".into()), ..Flags::default() };
     match Config::new(&flags, Some((Path::new("fuzzed.toml"), text))) {
         Ok(config) => {
-            assert!(!config.disks.is_empty() && config.workers >= 1 && config.poll_us <= POLL_US_MAX);
+            assert!(!config.disks.is_empty() && config.link.workers >= 1 && config.poll_us <= POLL_US_MAX);
             let volumes: HashSet<_> = config.disks.iter().map(|disk| disk.volume).collect();
             assert_eq!(volumes.len(), config.disks.len(), "each volume once");
             for disk in &config.disks {

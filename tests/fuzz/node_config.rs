@@ -13,7 +13,7 @@ fuzz_target!(|text: &str| {
     let flags = Flags { link: Some("eth0".into()), ..Flags::default() };
     match Config::new(&flags, Some((Path::new("fuzzed.toml"), text))) {
         Ok(config) => {
-            assert!(!config.volumes.is_empty() && config.workers >= 1 && config.poll_us <= POLL_US_MAX);
+            assert!(!config.volumes.is_empty() && config.link.workers >= 1 && config.poll_us <= POLL_US_MAX);
             let names: HashSet<_> = config.volumes.iter().map(|volume| volume.name).collect();
             assert_eq!(names.len(), config.volumes.len(), "each volume once");
         }
