@@ -5,8 +5,7 @@
 # pauses: fio verifies its data, a cached file shows pages that were not moved, its kernel has no complaint, and the node's file holds a
 # clean file system. Prints QEMU's downtime and the longest pause of each move. Knows QEMU by its monitor, the daemons by their command
 # lines, logs and `cirroctl`. --times N moves it N times in each direction; --aborts adds a cancelled migration, a destination
-# whose QEMU is killed, and one whose backend is. QEMU 7.2 under TCG loses pages of a guest that it moves, with its own virtio-blk too: a failure there
-# says nothing of the backend before it was seen with another QEMU.
+# whose QEMU is killed, and one whose backend is. The QEMU is that of newer-qemu.sh, or QEMU=PATH, 9.2 or newer.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -15,7 +14,7 @@ source "$QEMU_DIR/rig.sh"
 
 USAGE="usage: migration-test.sh [--times N] [--aborts] [--bin-dir DIR] [--keep]"
 TIMES=2 ABORTS='' CACHE_MIB=24 MEMORY_MIB=512
-QEMU=${QEMU:-qemu-system-x86_64}
+QEMU=${QEMU:-}
 SWITCH_NS=cirro-switch-$$
 declare -A NS=([A]=cirro-a-$$ [B]=cirro-b-$$) BACKENDS=() QEMUS=() MONITORS=() OWNERS=()
 # The host that has the guest, how many QEMUs there were, and what the moves cost.
@@ -94,12 +93,12 @@ start_qemu() {
     -machine q35,memory-backend=ram -accel tcg -cpu max -smp "$VCPUS" -m "$MEMORY_MIB" \
     -object "memory-backend-memfd,id=ram,size=${MEMORY_MIB}M,share=on" \
     -kernel "$GUEST_DIR/vmlinux" -initrd "$GUEST_DIR/initramfs.cpio" \
-    -append "console=ttyS0 panic=-1 quiet FS_MIB=$FS_MIB FIO_MIB=$FIO_MIB CACHE_MIB=$CACHE_MIB" \
+    -append "console=ttyS0 panic=-1 quiet init_on_alloc=0 FS_MIB=$FS_MIB FIO_MIB=$FIO_MIB CACHE_MIB=$CACHE_MIB" \
     -fw_cfg "name=opt/cirro/script,file=$WORK/script" \
     -chardev "file,id=console,path=$WORK/console.log,append=on" -serial chardev:console \
     -chardev "file,id=report,path=$REPORT,append=on" -serial chardev:report \
     -serial "pipe:$run.word" -monitor "pipe:$run.mon" \
-    -chardev "socket,id=disk,path=$WORK/$host.sock,reconnect=1" -device "vhost-user-blk-pci,chardev=disk,num-queues=$VCPUS" \
+    -chardev "socket,id=disk,path=$WORK/$host.sock,reconnect-ms=1000" -device "vhost-user-blk-pci,chardev=disk,num-queues=$VCPUS" \
     "${@:2}" </dev/null >>"$WORK/qemu.log" 2>&1 &
   QEMUS[$host]=$! MONITORS[$host]=$run
   cat "$run.mon.out" >"$run.answers" &
@@ -300,6 +299,7 @@ main() {
   FS_MIB=96 FIO_MIB=8
   "$QEMU_DIR/install.sh"
   "$QEMU_DIR/guest-image.sh"
+  QEMU=${QEMU:-$("$QEMU_DIR/newer-qemu.sh")}
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/cirro-move.XXXXXX")
   undo rig_clear_files
   RAW=$WORK/volume.raw REPORT=$WORK/report

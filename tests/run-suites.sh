@@ -35,6 +35,7 @@ gate=(
 )
 # shellcheck disable=SC2016
 longer=(
+    'moves|360|qemu/migration-test.sh --bin-dir "$release" --times 5 --aborts && qemu/broken-log-test.sh --bin-dir "$release"'
     'actions|600|qemu/actions-test.sh --bin-dir "$release"'
     'nested|720|qemu/nested/run.sh --bin-dir "$release"'
     'suites|1500|qemu/suites-test.sh --bin-dir "$release"'
