@@ -3,7 +3,7 @@
 #
 # Each run has a volume, daemons and a guest of its own. It has passed when the suite found no fault, the guest's kernel logged none, the
 # daemons logged no ERROR and ended well, and the file system in the node's raw file is clean. guest/suites-work.sh is what
-# the guest does; docs/TESTING.md says which suites there are and which were not taken..
+# the guest does; docs/TESTING.md says which suites there are and which were not taken.
 set -euo pipefail
 # shellcheck source=qemu/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
