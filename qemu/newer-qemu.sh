@@ -25,7 +25,9 @@ quietly() {
 
 unpack() {
   local dir package apt
-  dir=$(mktemp -d "${TMPDIR:-/tmp}/cirro-qemu.XXXXXX")
+  # Beside its place, so that it comes there whole or not at all.
+  mkdir -p "$CACHE_DIR"
+  dir=$(mktemp -d "$CACHE_DIR/unpack.XXXXXX")
   undo rm -rf "$dir"
   mkdir -p "$dir/lists/partial" "$dir/root"
   # What QEMU is linked with comes from the release itself, for install.sh installed its QEMU.
@@ -45,7 +47,6 @@ RUN
   chmod +x root/qemu
   quietly "$dir/log" root/qemu --version
   rm -rf "$UNPACKED"
-  mkdir -p "$CACHE_DIR"
   mv root "$UNPACKED"
 }
 

@@ -110,7 +110,7 @@ work_fsx() {
     '[weights]' 'close_open = 1' 'invalidate = 1' 'fsync = 1' 'fdatasync = 1' 'posix_fallocate = 2' 'punch_hole = 5' 'sendfile = 3' 'posix_fadvise = 2' 'copy_file_range = 3'
 }
 
-# Without its io-uring, which fails now and then on any disk (docs/TESTING.md); fio has it.
+# Without its io-uring, which often fails on any disk (docs/TESTING.md); fio has it.
 work_stress() {
   what="stress-ng on $FS"
   mkdir /mnt/stress
