@@ -99,6 +99,8 @@ pub(crate) struct Ring {
     free_descriptors: Vec<u16>,
     free_places: Vec<usize>,
     outstanding: BTreeMap<u16, Outstanding>,
+    /// What was written when the driver began anew: it may be there or not, and is read, as a journal is.
+    doubtful: Vec<Range<u64>>,
     /// Places whose bytes nobody may touch, and how far.
     poisoned: BTreeMap<usize, u64>,
     pub(crate) call: Rc<OwnedFd>,
@@ -131,6 +133,7 @@ impl Ring {
             free_descriptors: Vec::new(),
             free_places: (0..PLACES).collect(),
             outstanding: BTreeMap::new(),
+            doubtful: Vec::new(),
             poisoned: BTreeMap::new(),
             call: Rc::new(call),
             oracle: Rc::clone(&of.oracle),
@@ -158,6 +161,9 @@ impl Ring {
         let now = self.court.borrow_mut().tick();
         for (_, lost) in std::mem::take(&mut self.outstanding) {
             self.end_in_oracle(&lost, now, false);
+            if matches!(lost.kind, Kind::Write | Kind::Discard | Kind::Zeroes) {
+                self.doubtful.push(lost.sectors.clone());
+            }
             self.meddled.borrow_mut().remove(&self.place_at(lost.place));
         }
     }
@@ -359,7 +365,8 @@ impl Ring {
     }
 
     fn submit_one(&mut self, rng: &mut Rng) -> bool {
-        let kind = self.choose(rng);
+        let doubtful = self.doubtful.pop();
+        let kind = if doubtful.is_some() { Kind::Read } else { self.choose(rng) };
         let big = rng.u32(0..100) < self.options.big;
         let Some(at) = self.free_places.iter().rposition(|place| big || *place != PLACES - 1) else {
             return false;
@@ -374,7 +381,11 @@ impl Ring {
         let corner = (self.options.corner + count).min(self.volume_sectors);
         let span = if rng.bool() { self.volume_sectors } else { corner };
         let first = rng.u64(0..=span - count);
-        let sectors = first..first + count;
+        let sectors = match doubtful {
+            Some(sectors) => sectors.start..sectors.end.min(sectors.start + room),
+            None => first..first + count,
+        };
+        let count = sectors.end - sectors.start;
         let runs = match kind {
             Kind::Read | Kind::Write => self.cut(rng, place, (count as usize * SECTOR) as u32),
             Kind::Id => vec![(self.data_at(place).0, 20)],

@@ -35,6 +35,9 @@ use crate::wire::{Port, SimLink};
 /// Room for unflushed changes: little, so that it is full now and then.
 const REPLAY_BYTES: u64 = 3 << 20;
 
+/// A guest asks for 1 to 8 requests at a time, and rests after every fourth time.
+pub(crate) const REQUESTS_BETWEEN_RESTS: u64 = 18;
+
 /// A disk of a host, as configured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskOptions {
@@ -42,6 +45,8 @@ pub(crate) struct DiskOptions {
     pub(crate) rings: Vec<RingOptions>,
     /// Requests of each ring in all.
     pub(crate) requests: usize,
+    /// After about [`REQUESTS_BETWEEN_RESTS`] the guest asks for nothing for up to so long.
+    pub(crate) rest_max: Nanos,
     /// The guest asks for write-through.
     pub(crate) write_through: bool,
     pub(crate) take_over: bool,
@@ -68,6 +73,8 @@ struct GuestRing {
     left: usize,
     /// When the guest looks again by itself.
     next_look: Instant,
+    /// Nothing is asked for before.
+    rests_until: Instant,
 }
 
 /// A disk with its guest.
@@ -147,6 +154,7 @@ impl Host {
                 service: Service::Down,
                 left: options.requests,
                 next_look: Instant::default(),
+                rests_until: Instant::default(),
             };
             GuestDisk {
                 attachment: attachment(index),
@@ -291,6 +299,14 @@ impl Host {
         }
     }
 
+    /// The guests do what is left without a rest.
+    pub(crate) fn rest_no_more(&mut self) {
+        for disk in &mut self.disks {
+            disk.options.rest_max = Nanos(0);
+            disk.rings.iter_mut().for_each(|ring| ring.rests_until = Instant::default());
+        }
+    }
+
     /// Ends the guests that still wait: their VMMs go away.
     pub(crate) fn shut_down_waiting(&mut self) {
         let Some(process) = &mut self.process else { return };
@@ -371,14 +387,17 @@ impl Host {
                 if !matches!(ring.service, Service::Up) || self.quiet || ring.left == 0 {
                     continue;
                 }
-                if reaped > 0 || now >= ring.next_look {
+                if now >= ring.rests_until && (reaped > 0 || now >= ring.next_look) {
                     let before = ring.ring.in_flight();
                     let count = rng.usize(1..=8).min(ring.left);
                     process.kicked |= ring.ring.submit(rng, count);
                     ring.left -= ring.ring.in_flight() - before;
                     ring.next_look = now + Nanos(rng.u64(0..self.think_max.0.max(1)));
+                    if rng.u8(0..4) == 0 {
+                        ring.rests_until = now + Nanos(rng.u64(0..disk.options.rest_max.0.max(1)));
+                    }
                 }
-                wake(ring.next_look.max(now + Nanos(1)));
+                wake(ring.next_look.max(ring.rests_until).max(now + Nanos(1)));
             }
         }
         next
@@ -445,6 +464,8 @@ impl GuestRing {
         let queue = self.ring.state(next_avail);
         drop(mailbox.send(disk, Change::Start { ring, queue, kick, call: Some(call.into()) }));
         self.service = Service::Up;
+        // A guest that begins anew reads at once.
+        self.rests_until = Instant::default();
     }
 
     /// A stop that has been answered: the same ring goes on, or the driver begins anew.

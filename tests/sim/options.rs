@@ -8,7 +8,7 @@ use fastrand::Rng;
 
 use crate::disk::DiskTrouble;
 use crate::guest::RingOptions;
-use crate::host::DiskOptions;
+use crate::host::{DiskOptions, REQUESTS_BETWEEN_RESTS};
 use crate::wire::Weather;
 
 /// A run.
@@ -152,23 +152,26 @@ impl May {
     /// Each kind is in a run or not; a run of everything finds less than many of a few.
     fn from(rng: &mut Rng) -> May {
         let mut some = |chance: u8| if rng.u8(0..100) < chance { rng.u32(1..=4) } else { 0 };
+        // What a disk does wrong shows only when something else goes wrong as well: what it forgot, at a loss of power; what it
+        // does late, when a guest has begun anew meanwhile.
+        let (flush_errors, disk_slow) = (some(30), some(50));
         May {
             weather: some(70),
             cut: some(40),
             pause: some(20),
             link_down: some(20),
             node_kill: some(50),
-            node_power: some(25),
+            node_power: some(if flush_errors > 0 { 80 } else { 25 }),
             node_stop: some(20),
             host_kill: some(40),
-            host_power: some(10),
+            host_power: some(if disk_slow > 0 { 50 } else { 10 }),
             blackout: some(10),
             stall: some(30),
             ring_restart: some(20),
-            ring_reset: some(20),
-            disk_slow: some(30),
+            ring_reset: some(if disk_slow > 0 { 60 } else { 20 }),
+            disk_slow,
             disk_errors: some(10),
-            flush_errors: some(8),
+            flush_errors,
             clock_jump: some(15),
             host_stop: some(20),
         }
@@ -195,16 +198,25 @@ impl Options {
             discards: rng.bool(),
             corner: *rng.choice(&[2, 16, 64]).expect("some"),
         };
-        let disk = |rng: &mut Rng, volume: usize| DiskOptions {
-            volume,
-            rings: (0..rng.usize(1..=2)).map(|_| ring(rng)).collect(),
-            requests: *rng.choice(&[30, 80, 150, 300]).expect("some"),
-            write_through: rng.u8(0..8) == 0,
-            take_over: false,
-            on_trouble: match rng.u8(0..8) {
-                0 => OnTrouble::EioAfter(Nanos::from_millis(rng.u64(50..2_000))),
-                _ => OnTrouble::Wait,
-            },
+        let trouble_time = Nanos::from_millis(rng.u64(50..8_000));
+        let disk = |rng: &mut Rng, volume: usize| {
+            let rings = (0..rng.usize(1..=2)).map(|_| ring(rng)).collect();
+            let requests = *rng.choice(&[30, 80, 150, 300]).expect("some");
+            // Trouble meets requests only while there are some: most guests take about as long as it does.
+            let rests = requests as u64 / REQUESTS_BETWEEN_RESTS;
+            let rest_max = if rng.u8(0..4) == 0 { 0 } else { 2 * trouble_time.0 / rests };
+            DiskOptions {
+                volume,
+                rings,
+                requests,
+                rest_max: Nanos(rest_max),
+                write_through: rng.u8(0..8) == 0,
+                take_over: false,
+                on_trouble: match rng.u8(0..8) {
+                    0 => OnTrouble::EioAfter(Nanos::from_millis(rng.u64(50..2_000))),
+                    _ => OnTrouble::Wait,
+                },
+            }
         };
         let mut of_hosts: Vec<Vec<DiskOptions>> = vec![Vec::new(); hosts];
         for volume in 0..volumes {
@@ -227,8 +239,8 @@ impl Options {
             pools: *rng.choice(&[(4 << 20, 2 << 20), (32 << 20, 8 << 20)]).expect("some"),
             hosts: of_hosts,
             think_max: Nanos::from_micros(*rng.choice(&[200, 2_000, 20_000]).expect("some")),
-            trouble_time: Nanos::from_millis(rng.u64(50..4_000)),
-            change_every: Nanos::from_millis(*rng.choice(&[5, 30, 200, 800]).expect("some")),
+            trouble_time,
+            change_every: Nanos::from_millis(*rng.choice(&[20, 100, 300, 800]).expect("some")),
             may: May::from(rng),
             replays: if strangers || keys { 20_000 } else { 0 },
             forgeries: if strangers || keys { 20_000 } else { 0 },
@@ -259,6 +271,7 @@ impl Options {
             volume: 0,
             rings: vec![ring],
             requests,
+            rest_max: Nanos(0),
             write_through: false,
             take_over: false,
             on_trouble: OnTrouble::Wait,
@@ -318,7 +331,7 @@ pub(crate) fn bad_weather(rng: &mut Rng) -> Weather {
 
 /// A disk that is slow.
 pub(crate) fn slow_disk(rng: &mut Rng) -> DiskTrouble {
-    let slow_time = Nanos::from_millis(rng.u64(1..3_500));
+    let slow_time = Nanos::from_millis(*rng.choice(&[20, 400, 3_500, 8_000]).expect("some"));
     DiskTrouble { slow: rng.u32(0..200_000), slow_time, ..DiskTrouble::default() }
 }
 

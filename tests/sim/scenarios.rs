@@ -34,6 +34,7 @@ fn plain(seed: u64) -> Options {
         volume: 0,
         rings: vec![ring(64, 16)],
         requests: 400,
+        rest_max: Nanos(0),
         write_through: false,
         take_over: false,
         on_trouble: OnTrouble::Wait,

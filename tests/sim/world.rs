@@ -485,7 +485,8 @@ impl World {
     fn spoil_disks(&mut self, trouble: fn(&mut Rng) -> DiskTrouble) {
         let trouble = trouble(&mut self.rng);
         self.trouble_disks(&trouble);
-        self.cure_later(Cure::Disk);
+        let after = Nanos::from_millis(self.rng.u64(1..3_000));
+        self.cures.push((self.now + after, Cure::Disk));
     }
 
     /// At once, or in the middle of one of its next turns.
@@ -539,6 +540,7 @@ impl World {
         // A backend that is asked to end still ends, and its successor starts.
         self.cures.retain(|(_, cure)| matches!(cure, Cure::StoppedHost(_)));
         self.trouble_disks(&DiskTrouble::default());
+        self.hosts.iter_mut().for_each(Host::rest_no_more);
         if self.options.has_rivals() {
             self.hosts.iter_mut().for_each(|host| host.quiet = true);
         }
