@@ -46,6 +46,8 @@ pub(crate) struct Image {
     stable_puts: BTreeMap<u64, u64>,
     pub(crate) write_through: bool,
     pub(crate) trouble: DiskTrouble,
+    /// The node's process that was told of a failed flush last.
+    flush_failed_in: Option<u32>,
 }
 
 impl Image {
@@ -58,6 +60,7 @@ impl Image {
             stable_puts: BTreeMap::new(),
             write_through,
             trouble: DiskTrouble::default(),
+            flush_failed_in: None,
         }
     }
 
@@ -132,16 +135,31 @@ pub(crate) struct Kernel {
     pub(crate) now: Instant,
     /// The node's process of now.
     pub(crate) process: u32,
+    /// Requests that a disk failed.
+    pub(crate) failed: u64,
     rng: Rng,
 }
 
 impl Kernel {
     pub(crate) fn new(images: Vec<Image>, rng: Rng) -> Kernel {
-        Kernel { images, busy: Vec::new(), next_number: 0, now: Instant::default(), process: 0, rng }
+        Kernel {
+            images,
+            busy: Vec::new(),
+            next_number: 0,
+            now: Instant::default(),
+            process: 0,
+            failed: 0,
+            rng,
+        }
     }
 
     pub(crate) fn next_due(&self) -> Option<Instant> {
         self.busy.iter().map(|busy| busy.due).min()
+    }
+
+    /// True if the node of now had a flush that failed: it answers none with OK any more.
+    pub(crate) fn has_failed_flush(&self, image: usize) -> bool {
+        self.images[image].flush_failed_in == Some(self.process)
     }
 
     /// The process is gone: its requests end by themselves, and their files stay locked until then.
@@ -208,12 +226,14 @@ impl Kernel {
         let (offset, len) = (busy.request.offset as usize, busy.request.len as usize);
         let (op, token) = (busy.request.op, busy.request.token);
         if let Some(errno) = busy.errno {
+            self.failed += 1;
             if op == StoreOp::Write {
                 self.write_part(&busy);
             }
             if op == StoreOp::Flush {
                 // What a kernel does: the pages count as clean from now on, and were never written.
                 let image = &mut self.images[busy.image];
+                image.flush_failed_in = Some(busy.process);
                 image.dirty.retain(|sector, _| busy.stable.iter().all(|(flushed, ..)| flushed != sector));
             }
             let error =

@@ -365,7 +365,7 @@ impl Ring {
     }
 
     fn submit_one(&mut self, rng: &mut Rng) -> bool {
-        let doubtful = self.doubtful.pop();
+        let doubtful = self.doubtful.last().cloned();
         let kind = if doubtful.is_some() { Kind::Read } else { self.choose(rng) };
         let big = rng.u32(0..100) < self.options.big;
         let Some(at) = self.free_places.iter().rposition(|place| big || *place != PLACES - 1) else {
@@ -381,7 +381,7 @@ impl Ring {
         let corner = (self.options.corner + count).min(self.volume_sectors);
         let span = if rng.bool() { self.volume_sectors } else { corner };
         let first = rng.u64(0..=span - count);
-        let sectors = match doubtful {
+        let sectors = match &doubtful {
             Some(sectors) => sectors.start..sectors.end.min(sectors.start + room),
             None => first..first + count,
         };
@@ -394,6 +394,9 @@ impl Ring {
         let Some((head, descriptors, has_status)) = self.lay_out(rng, kind, place, &sectors, &runs) else {
             return false;
         };
+        if doubtful.is_some() {
+            self.doubtful.pop();
+        }
         self.free_places.remove(at);
         self.check_place(place);
         let begun = self.court.borrow_mut().tick();

@@ -35,7 +35,7 @@ use crate::wire::{Port, SimLink};
 /// Room for unflushed changes: little, so that it is full now and then.
 const REPLAY_BYTES: u64 = 3 << 20;
 
-/// A guest asks for 1 to 8 requests at a time, and rests after every fourth time.
+/// A guest asks for 1 to 8 requests at a time, and rests after about every fourth time.
 pub(crate) const REQUESTS_BETWEEN_RESTS: u64 = 18;
 
 /// A disk of a host, as configured.
@@ -393,8 +393,9 @@ impl Host {
                     process.kicked |= ring.ring.submit(rng, count);
                     ring.left -= ring.ring.in_flight() - before;
                     ring.next_look = now + Nanos(rng.u64(0..self.think_max.0.max(1)));
-                    if rng.u8(0..4) == 0 {
-                        ring.rests_until = now + Nanos(rng.u64(0..disk.options.rest_max.0.max(1)));
+                    let rest_max = disk.options.rest_max.0;
+                    if rest_max > 0 && rng.u8(0..4) == 0 {
+                        ring.rests_until = now + Nanos(rng.u64(0..rest_max));
                     }
                 }
                 wake(ring.next_look.max(ring.rests_until).max(now + Nanos(1)));

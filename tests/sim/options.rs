@@ -284,6 +284,7 @@ impl Options {
             hosts: vec![vec![disk]],
             think_max: Nanos::from_micros(200),
             trouble_time: Nanos::from_millis(50),
+            change_every: Nanos::from_millis(800),
             may: May::default(),
             replays: 0,
             forgeries: 0,
@@ -292,10 +293,10 @@ impl Options {
         }
     }
 
-    /// What an operator would have to be told of: errors in the log, and of requests, are expected then.
+    /// What an operator would have to be told of, beside a disk that failed: errors in the log, and of requests, are expected then.
     pub(crate) fn has_operators_cause(&self) -> bool {
         let impatient = self.hosts.iter().flatten().any(|disk| disk.on_trouble != OnTrouble::Wait);
-        self.may.disk_errors + self.may.flush_errors > 0 || impatient || self.has_rivals()
+        impatient || self.has_rivals()
     }
 
     /// Two disks of one volume.

@@ -308,13 +308,19 @@ impl World {
         }
     }
 
-    /// Whoever takes a volume over takes it as it is: what its last owner had not flushed is nobody's to write again.
+    /// Whoever takes a volume over takes it as it is: what its last owner had not flushed is nobody's to write again. So is what an owner could not flush
+    /// before it gave the volume back, and an operator was told of.
     fn follow_owners(&mut self) {
         for (name, before, after) in self.machine.keeper.take_changes() {
             let now = self.court.borrow_mut().tick();
             let volume = (0..self.oracles.len()).find(|index| Machine::volume_name(*index).as_str() == name);
-            let mut oracle = self.oracles[volume.expect("a volume of the run")].borrow_mut();
+            let volume = volume.expect("a volume of the run");
+            let mut oracle = self.oracles[volume].borrow_mut();
             oracle.set_owner(after, now);
+            let given_back = before.is_some() && after.is_none();
+            if given_back && self.machine.kernel.borrow().has_failed_flush(volume) {
+                oracle.lose_host(now);
+            }
             if let (Some(before), Some(after)) = (before, after) {
                 oracle.lose_host(now);
                 if !self.hosts.iter().any(|host| host.may_take_over(after)) {
@@ -574,13 +580,14 @@ impl World {
                 .borrow_mut()
                 .violation(format!("the node counts {} broken rules", self.machine.violations()));
         }
+        let errors_expected = self.errors_expected || kernel.failed > 0;
         let failed = self.court.borrow().failed_requests;
-        if failed > 0 && !self.errors_expected {
+        if failed > 0 && !errors_expected {
             self.court
                 .borrow_mut()
                 .violation(format!("{failed} requests failed without an operator's cause"));
         }
-        if let Some(error) = logger::first_error().filter(|_| !self.errors_expected) {
+        if let Some(error) = logger::first_error().filter(|_| !errors_expected) {
             self.court
                 .borrow_mut()
                 .violation(format!("an error was logged without an operator's cause: {error}"));
