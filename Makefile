@@ -16,7 +16,7 @@ demo: ## Boot a real guest on a disk that lives across a raw Ethernet link, and 
 test: ## The gate: build, lint and every test, at most 25 minutes on 2 cores.
 	tests/run-suites.sh
 
-test-all: ## The gate and every test that takes longer (hours).
+test-all: ## The gate and every test that takes longer: about 70 minutes on 2 cores.
 	tests/run-suites.sh --all
 
 test-install: ## Install the Debian packages that the tests need.
