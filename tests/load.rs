@@ -26,6 +26,11 @@ impl Load {
         Load { op, bytes, places: capacity / bytes as u64, sequential: true, state: 0 }
     }
 
+    /// The next request.
+    pub fn next_io(&mut self) -> Io {
+        Io { op: self.op, offset: self.place() * self.bytes as u64, bytes: self.bytes }
+    }
+
     fn place(&mut self) -> u64 {
         if self.sequential {
             self.state = (self.state + 1) % self.places;
@@ -41,7 +46,7 @@ impl Load {
 
 impl Workload for Load {
     fn next(&mut self, _slot: usize, _buffer: &Buffer<'_>) -> Option<Io> {
-        Some(Io { op: self.op, offset: self.place() * self.bytes as u64, bytes: self.bytes })
+        Some(self.next_io())
     }
 
     fn done(&mut self, _slot: usize, _io: &Io, _buffer: &Buffer<'_>) -> Result<(), Corruption> {

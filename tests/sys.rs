@@ -110,7 +110,10 @@ pub struct PacketSocket {
 
 impl PacketSocket {
     /// Receives the frames of `ethertype` that arrive on `interface`, and sends any.
-    pub(crate) fn open(interface: &str, ethertype: u16) -> io::Result<PacketSocket> {
+    ///
+    /// # Errors
+    /// There is no such interface, or the caller may not open one.
+    pub fn open(interface: &str, ethertype: u16) -> io::Result<PacketSocket> {
         let protocol = i32::from(ethertype.to_be());
         // SAFETY: plain system call.
         let fd = check(unsafe {
@@ -147,7 +150,10 @@ impl PacketSocket {
     }
 
     /// The next frame that is there, whole.
-    pub(crate) fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    ///
+    /// # Errors
+    /// The interface is gone or down.
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         // SAFETY: the buffer is valid for writes of its length.
         let got = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         match usize::try_from(got) {
@@ -160,7 +166,10 @@ impl PacketSocket {
     }
 
     /// Sends one whole frame.
-    pub(crate) fn send(&self, frame: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The kernel takes no more now, or the interface is gone or down.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
         // SAFETY: the frame is valid for reads of its length.
         let sent = unsafe { libc::send(self.fd.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -3,6 +3,7 @@
 //! Knows no daemon's inside. Every system gets the same front-end, the same kind of volume and its turn in every round, so that what else the machine
 //! does hits all alike. It aborts on failure: the daemons die with it, and the next run removes its namespaces.
 
+mod aoe;
 mod limits;
 mod machine;
 mod peers;
@@ -16,14 +17,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cirro_tests::daemons::Scratch;
-use cirro_tests::frontend::{FrontEnd, Shape};
+use cirro_tests::frontend::{FrontEnd, Outcome, Shape};
 use cirro_tests::loss;
 use cirro_tests::netns::Lab;
 use clap::Parser;
 
 use crate::machine::{Placement, busy_time, pin_self};
 use crate::peers::{Ours, Peer, Peers, VOLUME_BYTES};
-use crate::plan::{Cell, Section, Workload};
+use crate::plan::{Cell, Section};
 use crate::table::{Sample, Samples};
 
 /// The section of raw limits, which is not of the plan.
@@ -145,31 +146,39 @@ impl Rig {
 
     fn measure(&self, cell: Cell, flags: &Flags) -> Result<Sample> {
         self.peers.prepare(&self.lab, cell.peer, cell.ground.placement)?;
-        let socket = self.peers.socket(&self.scratch, cell.peer);
-        let front_end = connect(&socket, cell.workload, flags.spin)?;
+        let mut run = self.connect(cell, flags.spin)?;
         match cell.ground.lost_per_mille {
             None => {}
             Some(0) => self.lab.machines().iter().for_each(|machine| loss::set(machine, &[NO_FRAME])),
             Some(rate) => loss::set_both(self.lab.machines(), rate),
         }
-        let sample = measure(front_end, cell.workload, Duration::from_millis(flags.ms));
+        let sample = measure(&mut run, Duration::from_millis(flags.ms));
         loss::set_both(self.lab.machines(), 0);
         sample
     }
+
+    /// What runs the cell's workload for a time: the front-end, or where a system has none the benchmark's own initiator.
+    fn connect(&self, Cell { peer, workload, .. }: Cell, spin: bool) -> Result<Box<RunFor>> {
+        let mut load = workload.load();
+        if peer == Peer::Vblade {
+            let mut initiator = aoe::Initiator::open(&self.lab)?;
+            return Ok(Box::new(move |time| initiator.run(workload, &mut load, time)));
+        }
+        let shape = Shape { queues: 1, depth: workload.depth, bytes_max: workload.bytes, poll: spin };
+        let socket = self.peers.socket(&self.scratch, peer);
+        let mut front_end = FrontEnd::connect(&socket, shape).context("the front-end cannot connect")?;
+        ensure!(front_end.capacity() == VOLUME_BYTES, "the disk has {} bytes", front_end.capacity());
+        Ok(Box::new(move |time| Ok(front_end.run(&mut load, time)?)))
+    }
 }
 
-fn connect(socket: &Path, workload: Workload, spin: bool) -> Result<FrontEnd> {
-    let shape = Shape { queues: 1, depth: workload.depth, bytes_max: workload.bytes, poll: spin };
-    let front_end = FrontEnd::connect(socket, shape).context("the front-end cannot connect")?;
-    ensure!(front_end.capacity() == VOLUME_BYTES, "the disk has {} bytes", front_end.capacity());
-    Ok(front_end)
-}
+/// Keeps a workload going for a time.
+type RunFor = dyn FnMut(Duration) -> Result<Outcome>;
 
-fn measure(mut front_end: FrontEnd, workload: Workload, time: Duration) -> Result<Sample> {
-    let mut load = workload.load();
-    front_end.run(&mut load, WARM_UP)?;
+fn measure(run: &mut RunFor, time: Duration) -> Result<Sample> {
+    run(WARM_UP)?;
     let before = busy_time()?;
-    let outcome = front_end.run(&mut load, time)?;
+    let outcome = run(time)?;
     let busy = busy_time()?.saturating_sub(before);
     Ok(Sample {
         per_second: outcome.iops(),

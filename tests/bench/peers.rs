@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cirro_tests::daemons::{Daemon, Launch, Scratch, qemu_storage_daemon};
-use cirro_tests::netns::Lab;
+use cirro_tests::netns::{INTERFACE, Lab};
 use clap::ValueEnum;
 
+use crate::aoe;
 use crate::machine::{Placement, pin};
 
 pub(crate) const VOLUME_BYTES: u64 = 1 << 30;
@@ -41,6 +42,8 @@ pub(crate) enum Peer {
     NbdOffload,
     /// qemu-storage-daemon, NBD over TCP, qemu-nbd; segmentation offloads off.
     QemuNbd,
+    /// vblade, asked by an AoE initiator of the benchmark's own.
+    Vblade,
     /// qemu-storage-daemon on the file itself.
     Local,
     /// qemu-storage-daemon on nothing: what the front-end can do at most.
@@ -49,7 +52,7 @@ pub(crate) enum Peer {
 
 impl Peer {
     /// Those of the main tables.
-    pub(crate) const ALL: [Peer; 11] = [
+    pub(crate) const ALL: [Peer; 12] = [
         Peer::Ours,
         Peer::OursKeys,
         Peer::OursRam,
@@ -59,6 +62,7 @@ impl Peer {
         Peer::Nbd,
         Peer::NbdOffload,
         Peer::QemuNbd,
+        Peer::Vblade,
         Peer::Local,
         Peer::Null,
     ];
@@ -75,6 +79,7 @@ impl Peer {
             Peer::Nbd => "NBD over TCP, offloads off",
             Peer::NbdOffload => "NBD over TCP, offloads on",
             Peer::QemuNbd => "NBD over TCP to qemu-nbd, offloads off",
+            Peer::Vblade => "AoE to vblade, from a bare socket",
             Peer::Local => "local file",
             Peer::Null => "null device",
         }
@@ -91,6 +96,7 @@ impl Peer {
             Peer::OursUdp | Peer::OursUdpOffload => "udp",
             Peer::Nbd | Peer::NbdOffload => "nbd",
             Peer::QemuNbd => "qemunbd",
+            Peer::Vblade => "vblade",
             Peer::Local => "local",
             Peer::Null => "null",
         }
@@ -108,8 +114,8 @@ pub(crate) struct Ours {
 
 /// The daemons of the systems that were asked for, on one wire.
 pub(crate) struct Peers {
-    /// On the VM host, by [`Peer::front`].
-    front: Vec<(&'static str, Daemon)>,
+    /// On the VM host, by [`Peer::front`]; nothing where the front-end asks the storage machine itself.
+    front: Vec<(&'static str, Option<Daemon>)>,
     back: Vec<Daemon>,
 }
 
@@ -120,32 +126,45 @@ impl Peers {
             if peers.front.iter().any(|(name, _)| *name == peer.front()) {
                 continue;
             }
-            let daemon = match peer {
-                Peer::Ours | Peer::OursKeys | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => {
-                    peers.start_ours(lab, scratch, peer, (ours.poll_us, None))?
-                }
-                Peer::OursSleeping => peers.start_ours(lab, scratch, peer, (Some(0), None))?,
-                Peer::Also => peers.start_ours(lab, scratch, peer, (ours.poll_us, ours.also.as_deref()))?,
-                Peer::Nbd | Peer::NbdOffload => {
-                    peers.start_nbdkit(lab, scratch)?;
-                    nbd_client(lab, scratch, peer.front(), NBDKIT_PORT)
-                }
-                Peer::QemuNbd => {
-                    peers.start_qemu_nbd(lab, scratch)?;
-                    nbd_client(lab, scratch, peer.front(), QEMU_NBD_PORT)
-                }
-                Peer::Local => {
-                    let path = filled(scratch, "local.img")?;
-                    let blockdev = format!("driver=file,node-name=disk,filename={}", path.display());
-                    qemu(lab, scratch, "local", &blockdev)
-                }
-                Peer::Null => {
-                    qemu(lab, scratch, "null", &format!("driver=null-co,node-name=disk,size={VOLUME_BYTES}"))
-                }
-            };
+            let daemon = peers.start_one(lab, scratch, peer, ours)?;
             peers.front.push((peer.front(), daemon));
         }
         Ok(peers)
+    }
+
+    /// Starts what serves a system, and gives what it has on the VM host.
+    fn start_one(&mut self, lab: &Lab, scratch: &Scratch, peer: Peer, ours: &Ours) -> Result<Option<Daemon>> {
+        Ok(Some(match peer {
+            Peer::Ours | Peer::OursKeys | Peer::OursRam | Peer::OursUdp | Peer::OursUdpOffload => {
+                self.start_ours(lab, scratch, peer, (ours.poll_us, None))?
+            }
+            Peer::OursSleeping => self.start_ours(lab, scratch, peer, (Some(0), None))?,
+            Peer::Also => self.start_ours(lab, scratch, peer, (ours.poll_us, ours.also.as_deref()))?,
+            Peer::Nbd | Peer::NbdOffload => {
+                self.start_nbdkit(lab, scratch)?;
+                nbd_client(lab, scratch, peer.front(), NBDKIT_PORT)
+            }
+            Peer::QemuNbd => {
+                self.start_qemu_nbd(lab, scratch)?;
+                nbd_client(lab, scratch, peer.front(), QEMU_NBD_PORT)
+            }
+            Peer::Vblade => {
+                self.start_vblade(lab, scratch)?;
+                return Ok(None);
+            }
+            Peer::Local => {
+                let path = filled(scratch, "local.img")?;
+                qemu(
+                    lab,
+                    scratch,
+                    "local",
+                    &format!("driver=file,node-name=disk,filename={}", path.display()),
+                )
+            }
+            Peer::Null => {
+                qemu(lab, scratch, "null", &format!("driver=null-co,node-name=disk,size={VOLUME_BYTES}"))
+            }
+        }))
     }
 
     fn start_ours(
@@ -192,6 +211,14 @@ impl Peers {
         Ok(())
     }
 
+    fn start_vblade(&mut self, lab: &Lab, scratch: &Scratch) -> Result<()> {
+        let mut command = lab.store().namespace().command("vblade");
+        command.args([aoe::SHELF.to_string(), aoe::SLOT.to_string(), INTERFACE.to_owned()]);
+        command.arg(filled(scratch, "vblade.img")?);
+        self.back.push(Daemon::start(scratch, "vblade", &mut command));
+        Ok(())
+    }
+
     fn push_server(&mut self, mut server: Daemon, pid_file: &Path) {
         server.wait_until("listened", |_| pid_file.exists());
         self.back.push(server);
@@ -205,7 +232,8 @@ impl Peers {
     pub(crate) fn prepare(&self, lab: &Lab, peer: Peer, placement: Placement) -> Result<()> {
         let offload = matches!(peer, Peer::NbdOffload | Peer::OursUdpOffload);
         lab.machines().iter().for_each(|machine| machine.set_segmentation_offload(offload));
-        self.front.iter().try_for_each(|(_, daemon)| pin(daemon.pid(), placement, 0))?;
+        let front = self.front.iter().filter_map(|(_, daemon)| daemon.as_ref());
+        front.map(Daemon::pid).try_for_each(|process| pin(process, placement, 0))?;
         self.back.iter().try_for_each(|daemon| pin(daemon.pid(), placement, 1))
     }
 }

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 # What each is for: the wire, the rivals.
-packages=(iproute2 ethtool nftables util-linux git nbdkit qemu-system-common qemu-utils)
+packages=(iproute2 ethtool nftables util-linux git nbdkit qemu-system-common qemu-utils vblade)
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
