@@ -48,10 +48,10 @@ const LIMIT_TIME: Duration = Duration::from_millis(200);
 )]
 struct Flags {
     /// Rounds; each measures everything once.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 7)]
     runs: usize,
     /// How long one measurement lasts, in milliseconds.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 700)]
     ms: u64,
     /// Only these sections (limits, pinned, free, sleeping, mtu1500, loss, curve).
     #[arg(long, value_delimiter = ',')]
@@ -115,13 +115,16 @@ impl Flags {
     }
 }
 
-/// Every cell once, though several sections may show it.
+/// Every cell once, though several sections may show it; those of one workload on one ground, which are compared, one after another.
 fn cells(sections: &[Section]) -> Vec<Cell> {
-    let mut cells = Vec::new();
+    let mut cells: Vec<Cell> = Vec::new();
     for cell in sections.iter().flat_map(|section| &section.groups).flat_map(plan::Group::cells) {
-        if !cells.contains(&cell) {
-            cells.push(cell);
+        if cells.contains(&cell) {
+            continue;
         }
+        let is_rival = |other: &Cell| other.workload == cell.workload && other.ground == cell.ground;
+        let place = cells.iter().rposition(is_rival).map_or(cells.len(), |place| place + 1);
+        cells.insert(place, cell);
     }
     cells
 }
@@ -198,7 +201,12 @@ fn run(flags: &Flags, sections: &[Section]) -> Result<Samples> {
     let mut samples = Samples::default();
     for round in 1..=flags.runs {
         eprintln!("round {round} of {}", flags.runs);
-        for cell in &cells {
+        // There and back: what comes second is not always what comes second.
+        let mut order = cells.clone();
+        if round % 2 == 0 {
+            order.reverse();
+        }
+        for cell in &order {
             pin_self(cell.ground.placement)?;
             let rig = rigs.iter().find(|rig| rig.mtu == cell.ground.mtu).expect("a wire for each MTU");
             let of = || format!("{:?}, {}", cell.peer, cell.name());

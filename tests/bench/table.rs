@@ -54,11 +54,19 @@ impl Samples {
         (!values.is_empty()).then(|| median(&values))
     }
 
+    /// The median of what `of` is of the same round's `of` of another cell: what slows the machine down for minutes slows both. `None` if one of
+    /// them was not measured.
+    pub(crate) fn ratio(&self, cell: Cell, other: Cell, of: fn(&Sample) -> f64) -> Option<f64> {
+        let pairs = self.values(cell, of).into_iter().zip(self.values(other, of));
+        let ratios: Vec<f64> = pairs.map(|(value, other)| value / other).collect();
+        (!ratios.is_empty()).then(|| median(&ratios))
+    }
+
     fn row(&self, cell: Cell) -> Option<String> {
         let rates = self.values(cell, |sample| sample.per_second);
         let rate = self.median(cell, |sample| sample.per_second)?;
-        let nbd = self.median(Cell { peer: Peer::Nbd, ..cell }, |sample| sample.per_second);
-        let ratio = nbd.map_or("-".to_owned(), |nbd| format!("{:.2}", rate / nbd));
+        let ratio = self.ratio(cell, Cell { peer: Peer::Nbd, ..cell }, |sample| sample.per_second);
+        let ratio = ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
         let unit = if cell.workload.is_stream() { cell.workload.bytes as f64 / 1e6 } else { 1.0 };
         let (low, high) = range(&rates);
         let p50s = self.values(cell, |sample| sample.p50_us);

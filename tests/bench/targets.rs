@@ -64,10 +64,7 @@ fn p999_ms(sample: &Sample) -> f64 {
 pub(crate) fn table(samples: &Samples) -> String {
     let at = |peer, workload, ground| Cell { peer, workload, ground };
     let of = |(peer, ground): (Peer, Ground), (other, base): (Peer, Ground), figure: fn(&Sample) -> f64| {
-        move |workload: Workload| {
-            let ours = samples.median(at(peer, workload, ground), figure)?;
-            Some(ours / samples.median(at(other, workload, base), figure)?)
-        }
+        move |workload: Workload| samples.ratio(at(peer, workload, ground), at(other, workload, base), figure)
     };
     let both = |ratio: &dyn Fn(Workload) -> Option<f64>, of: [Workload; 2]| of.map(ratio).to_vec();
     let (small, one, large) = ([READ, WRITE], [READ_ONE, WRITE_ONE], [READ_LARGE, WRITE_LARGE]);
@@ -106,7 +103,7 @@ pub(crate) fn table(samples: &Samples) -> String {
     if !rows.is_empty() {
         let _ = write!(
             text,
-            "\n### Targets\n\nRead, then write; all pinned, 4 KiB unless said.\n\n| what | must | aim | measured | |\n|---|---|---|---|---|\n{rows}"
+            "\n### Targets\n\nRead, then write; all pinned, 4 KiB unless said; ratios are medians of the rounds' own.\n\n| what | must | aim | measured | |\n|---|---|---|---|---|\n{rows}"
         );
     }
     text
