@@ -151,30 +151,6 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The same into memory that others look at too, without a stop on the way.
-    ///
-    /// # Errors
-    /// [`Outside`].
-    ///
-    /// # Panics
-    /// Never: what is copied is as long as `into`.
-    pub fn gather_into(
-        &self,
-        runs: &[GuestRun],
-        offset: u32,
-        into: &VolatileSlice<'_>,
-    ) -> Result<(), Outside> {
-        let mut at = 0;
-        for run in cut(runs, offset, into.len() as u32) {
-            for piece in self.pieces(run.address, run.len)? {
-                let piece = piece?;
-                piece.copy_to_volatile_slice(into.offset(at).expect("a part of the place"));
-                at += piece.len();
-            }
-        }
-        Ok(())
-    }
-
     /// Names `len` bytes at `offset` of the data in `runs` as host memory for the link to read. The caller keeps this `GuestMemory` unchanged until
     /// the link's next flush has returned.
     ///

@@ -16,6 +16,7 @@
 use cirro_protocol::op::{Op, Status};
 use cirro_protocol::time::{Instant, Nanos};
 use cirro_protocol::types::{SLOTS_MAX, Slot};
+use vm_memory::{Bytes, VolatileSlice};
 
 use crate::guest_memory::{GuestMemory, GuestRun};
 use crate::pending::Part;
@@ -121,10 +122,7 @@ impl Unflushed {
     pub fn keep(&mut self, memory: &GuestMemory, part: Part, runs: &[GuestRun], start: u32) -> bool {
         let Part { op, offset, len } = part;
         let entry = Entry { op, offset, len };
-        self.replay.append(entry, |from, place| {
-            let copied = memory.gather_into(runs, start + from, &place);
-            copied.expect("requests whose memory went away were taken out when it went");
-        })
+        self.replay.append(entry, |from, place| copy_out(memory, runs, start + from, &place))
     }
 
     /// The session is over, and the disk takes back what it issued: with something kept it goes on only after [`Unflushed::attached`].
@@ -297,5 +295,18 @@ impl Unflushed {
     /// True if a change could not be written again.
     pub fn is_stuck(&self) -> bool {
         self.stuck
+    }
+}
+
+/// Copies data of the guest's into the copy.
+fn copy_out(memory: &GuestMemory, runs: &[GuestRun], from: u32, place: &VolatileSlice<'_>) {
+    let mut piece = [0; 4096];
+    let mut done = 0;
+    while done < place.len() {
+        let len = piece.len().min(place.len() - done);
+        let read = memory.gather(runs, from + done as u32, &mut piece[..len]);
+        read.expect("requests whose memory went away were taken out when it went");
+        place.write_slice(&piece[..len], done).expect("a piece of the place");
+        done += len;
     }
 }
